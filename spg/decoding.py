@@ -1,0 +1,123 @@
+"""Decoding: fill a completion's holes step by step, block after block (paper, G.2 and Table 17)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spg.limits import check_limits
+from spg.policy import Policy
+from spg.types import Prompts, Rollout
+
+
+def transfer_counts(holes: Tensor, steps: int) -> Tensor:
+    """Spread `holes` [B] over `steps` as evenly as whole numbers allow, the rest first; [B steps]."""
+    base, rest = holes // steps, holes % steps
+    return base.unsqueeze(-1) + (torch.arange(steps, device=holes.device) < rest.unsqueeze(-1))
+
+
+def through_first(hits: Tensor) -> Tensor:
+    """Return bool [B T]: True up to and including the first True of `hits` [B T] in each row."""
+    return hits.cumsum(-1) - hits.long() == 0
+
+
+class Decoder:
+    """Decodes blocks from left to right; one block of the full length is full-sequence decoding.
+
+    gen_length: completion tokens T. block_size: of the decoding blocks (the last may be shorter).
+    steps: for the whole completion, shared out evenly: steps // blocks for each, at least 1, as
+    released; steps in which no row has a token to commit are not computed. temperature: 0 is greedy.
+    remasking: each step commits the positions of highest confidence (`low_confidence` ones stay
+    masked) or, with `random`, random ones. stop_at_eos: a row is done when a finished block holds
+    its EOS, the rest becomes EOS, and decoding ends when all rows are done.
+    """
+
+    def __init__(
+        self,
+        gen_length: int,
+        block_size: int,
+        steps: int,
+        temperature: float = 0.0,
+        remasking: str = "low_confidence",
+        stop_at_eos: bool = True,
+    ) -> None:
+        check_limits(gen_length=gen_length, block_size=block_size, steps=steps)
+        check_limits(temperature=temperature, remasking=remasking, stop_at_eos=stop_at_eos)
+        self.gen_length = gen_length
+        self.block_size = min(block_size, gen_length)
+        self.steps = steps
+        self.temperature = temperature
+        self.remasking = remasking
+        self.stop_at_eos = stop_at_eos
+
+    def __call__(self, policy: Policy, prompts: Prompts, seeds: Tensor | None = None) -> Rollout:
+        """Complete B prompts.
+
+        seeds [B]: start of each row's own random stream, so that the rows beside it change nothing.
+        Raises ValueError where randomness is needed and seeds are missing.
+        """
+        batch, width = prompts.ids.shape
+        completion = prompts.template.masked_fill(~prompts.given, policy.mask_id)
+        tokens = torch.cat([prompts.ids, completion], dim=-1)
+        mask = None
+        if not bool(prompts.mask.all()):
+            mask = torch.cat([prompts.mask, torch.ones_like(prompts.given)], dim=-1)
+        commit_step = torch.full_like(completion, -1)
+        done = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
+        starts = range(0, self.gen_length, self.block_size)
+        steps = max(1, self.steps // len(starts))
+        noise = self._noise(batch, len(starts) * steps, seeds, tokens.device)
+
+        for number, start in enumerate(starts):
+            block = slice(start, min(start + self.block_size, self.gen_length))
+            window = slice(width + block.start, width + block.stop)
+            remaining = ~prompts.given[:, block] & ~done.unsqueeze(-1)
+            counts = transfer_counts(remaining.sum(-1), steps)
+            for step in counts.any(0).nonzero().flatten().tolist():
+                at = number * steps + step
+                draw, order = (None if n is None else n[:, at, : remaining.shape[1]] for n in noise)
+                ids, confidence = policy.propose(tokens, mask, window, self.temperature, draw)
+                key = (confidence if order is None else order).masked_fill(~remaining, -1.0)
+                rank = key.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+                commit = remaining & (rank < counts[:, step, None])
+                tokens[:, window] = torch.where(commit, ids, tokens[:, window])
+                commit_step[:, block] = commit_step[:, block].masked_fill(commit, at)
+                remaining = remaining & ~commit
+            if self.stop_at_eos:
+                done = done | (tokens[:, window] == policy.eos_id).any(-1)
+                rest = done.unsqueeze(-1) & ~prompts.given[:, block.stop :]
+                tokens[:, window.stop :] = tokens[:, window.stop :].masked_fill(rest, policy.eos_id)
+                if bool(done.all()):
+                    break
+
+        completion = tokens[:, width:]
+        return Rollout(
+            prompt_ids=prompts.ids,
+            prompt_mask=prompts.mask,
+            completion_ids=completion,
+            completion_mask=through_first(completion == policy.eos_id),
+            given=prompts.given,
+            group=prompts.group,
+            commit_step=commit_step,
+            texts=tuple(policy.text(row) for row in completion),
+            examples=prompts.examples,
+        )
+
+    def _noise(
+        self, batch: int, steps: int, seeds: Tensor | None, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Draw uniform numbers [B S W] for the tokens and for the order, where each is random."""
+        wanted = (self.temperature > 0, self.remasking == "random")
+        if not any(wanted):
+            return None, None
+        if seeds is None:
+            raise ValueError("decoding at temperature > 0 or with remasking=random needs seeds, one a row")
+        streams = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+        shape = (steps, self.block_size)
+
+        def draw() -> Tensor:
+            rows = [torch.rand(shape, generator=stream, dtype=torch.double) for stream in streams]
+            return torch.stack(rows).to(device)
+
+        tokens, order = (draw() if want else None for want in wanted)
+        return tokens, order

@@ -1,0 +1,148 @@
+"""One rule for each number a user can set, checked by the configuration and by constructors.
+
+This module knows nothing but numbers, so that a bad value is refused before torch is imported.
+A parameter has one meaning and one name throughout the project, hence one entry here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a value may be, in a test and in words."""
+
+    allows: Callable[[Any], bool]
+    words: str
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _at_least(low: int) -> Limit:
+    return Limit(lambda v: _is_int(v) and v >= low, f"a whole number, {low} or more")
+
+
+def _between(low: float, high: float) -> Limit:
+    words = f"a number from {low:g} to {high:g}"
+    return Limit(lambda v: _is_number(v) and low <= v <= high, words)
+
+
+def _one_of(*options: Any) -> Limit:
+    listed = ", ".join(str(option) for option in options)
+    return Limit(lambda v: any(v is o or v == o for o in options), f"one of: {listed}")
+
+
+def _or_null(limit: Limit) -> Limit:
+    return Limit(lambda v: v is None or limit.allows(v), f"{limit.words}, or null")
+
+
+POSITIVE = Limit(lambda v: _is_number(v) and v > 0, "a number above 0")
+NOT_NEGATIVE = Limit(lambda v: _is_number(v) and v >= 0, "a number, 0 or more")
+COUNT = _at_least(1)
+COUNT_OR_ZERO = _at_least(0)
+PROBABILITY = _between(0, 1)
+FLAG = Limit(lambda v: isinstance(v, bool), "true or false")
+TEXT_OR_NULL = Limit(lambda v: v is None or isinstance(v, str), "a text, or null")
+
+
+def _is_pair_of_decays(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence) and len(value) == 2 and all(_is_number(v) and 0 <= v < 1 for v in value)
+    )
+
+
+LIMITS: dict[str, Limit] = {
+    # the paper's symbols
+    "beta": POSITIVE,
+    "omega": PROBABILITY,
+    "block_size": COUNT,
+    "num_mc": COUNT,
+    "mu": COUNT,
+    "group_size": _at_least(2),
+    "seed": Limit(lambda v: _is_int(v) and 0 <= v < 2**31, "a whole number from 0 to 2147483647"),
+    # masking
+    "prompt_mask_prob": PROBABILITY,
+    "block_choice": _one_of("released", "uniform"),
+    "scored_positions": _one_of("masked", "block"),
+    "region": _one_of("to_eos", "all"),
+    # estimators and objective
+    "normalization": _one_of("per_token", "elbo_weight"),
+    "loss_norm": _one_of("group", "batch"),
+    "length_weighting": FLAG,
+    # decoding
+    "gen_length": COUNT,
+    "steps": COUNT,
+    "temperature": NOT_NEGATIVE,
+    "remasking": _one_of("low_confidence", "random"),
+    "stop_at_eos": FLAG,
+    # optimisation and budget
+    "lr": POSITIVE,
+    "betas": Limit(_is_pair_of_decays, "two numbers from 0 to below 1, as [0.9,0.99]"),
+    "weight_decay": NOT_NEGATIVE,
+    "warmup_updates": COUNT_OR_ZERO,
+    "max_grad_norm": POSITIVE,
+    "prompts_per_rollout": COUNT,
+    "micro_batch_size": _or_null(COUNT),
+    "max_updates": COUNT,
+    "threads": COUNT,
+    "deterministic": FLAG,
+    "accelerator": _one_of("cpu", "cuda", "auto"),
+    "precision": _one_of("32-true", "bf16-mixed", "bf16-true"),
+    # evaluation, checkpoints, logging
+    "every_updates": COUNT,
+    "examples": COUNT,
+    "batch_size": COUNT,
+    "samples_every_updates": COUNT_OR_ZERO,
+    "samples_shown": COUNT,
+    "split": _one_of("validation", "test", "heldout"),
+    # tasks
+    "format": _one_of("template", "completion"),
+    "reward": _one_of("cells", "rules"),
+    "prompt_style": _one_of("bare", "instruct"),
+    "shots": Limit(lambda v: _is_int(v) and 0 <= v <= 3, "a whole number from 0 to 3"),
+    "min_empty": Limit(lambda v: _is_int(v) and 1 <= v <= 12, "a whole number from 1 to 12"),
+    "max_empty": Limit(lambda v: _is_int(v) and 1 <= v <= 12, "a whole number from 1 to 12"),
+    "train_size": COUNT,
+    "eval_size": COUNT,
+    "data_seed": COUNT_OR_ZERO,
+    # models
+    "d_model": COUNT,
+    "n_layers": COUNT,
+    "n_heads": COUNT,
+    "n_kv_heads": COUNT,
+    "mlp_hidden_size": COUNT,
+    "vocab_size": COUNT,
+    "embedding_size": COUNT,
+    "rope_theta": POSITIVE,
+    "rms_norm_eps": POSITIVE,
+}
+
+
+def check_limits(**values: Any) -> None:
+    """Raise ValueError, naming value and limit, for the first of `values` outside its limit."""
+    for name, value in values.items():
+        if not LIMITS[name].allows(value):
+            raise ValueError(f"{name}={value!r} is out of range; allowed: {LIMITS[name].words}")
+
+
+def check_length_counted_once(normalization: str, length_weighting: bool) -> None:
+    """Raise ValueError where estimator and objective would both weight a sequence by its length.
+
+    `elbo_weight` bounds are sums over tokens and so grow with the length already (paper.md:
+    ELBO = mean over scored tokens, times n_j in the loss, equals the 1/t-weighted sum).
+    """
+    if normalization == "elbo_weight" and length_weighting:
+        raise ValueError(
+            "normalization=elbo_weight with length_weighting=true would count a sequence's length "
+            "twice; set objective.length_weighting=false, or keep normalization=per_token"
+        )

@@ -1,0 +1,173 @@
+"""The policy: a network with its tokenizer, asked for tokens or for log-probabilities.
+
+The vocabulary axis stays in here: log-probabilities leave as [N T], choices as token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedTokenizerBase
+
+from spg.tasks.base import Chat, Example, Template
+from spg.types import Prompts
+
+
+class Network(Protocol):
+    """What a policy needs of a network; it is an `nn.Module` as well."""
+
+    def hidden(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return hidden states [N L D] of ids [N L]; attention_mask [N L] is True at real tokens."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits [... V] of hidden states [... D]."""
+        ...
+
+
+class Policy(nn.Module):
+    """A masked diffusion language model, pi(x_i | z_t, c) for every masked position at once.
+
+    head_chunk: positions that the output head takes at a time; beyond it, logits are computed chunk
+    by chunk and again in the backward pass. Raises ValueError where the tokenizer lacks a mask, EOS
+    or padding token.
+    """
+
+    def __init__(
+        self, network: nn.Module, tokenizer: PreTrainedTokenizerBase, head_chunk: int = 16384
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.tokenizer = tokenizer
+        self.head_chunk = head_chunk
+        self.mask_id = self._token_id("mask_token_id")
+        self.eos_id = self._token_id("eos_token_id")
+        self.pad_id = self._token_id("pad_token_id")
+
+    def _token_id(self, name: str) -> int:
+        token_id = getattr(self.tokenizer, name)
+        if token_id is None:
+            raise ValueError(f"the tokenizer has no {name}; masked diffusion needs mask, EOS and pad")
+        return token_id
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.network.parameters()).device
+
+    def encode(self, prompt: str | Chat) -> list[int]:
+        """Return the token ids of a text, or of a chat in the model's template.
+
+        Raises ValueError where the tokenizer cannot write the text.
+        """
+        if isinstance(prompt, str):
+            text = prompt
+        elif self.tokenizer.chat_template is None:
+            raise ValueError(
+                "this model's tokenizer has no chat template, so it cannot read an instruct prompt; "
+                "use task.prompt_style=bare, or an instruction-tuned model"
+            )
+        else:
+            text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
+            raise ValueError(f"the tokenizer has no tokens for parts of {text!r}")
+        return ids
+
+    def text(self, completion_ids: Tensor) -> str:
+        """Return the text of one completion [T], up to its first EOS."""
+        ids = completion_ids.tolist()
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def prepare(
+        self,
+        examples: Sequence[Example],
+        prompts: Sequence[str | Chat],
+        templates: Sequence[Template | None],
+        group: Tensor,
+        gen_length: int,
+    ) -> Prompts:
+        """Tokenise B prompts and templates, pad them, and put them on the policy's device.
+
+        group [B]: number of each sequence's prompt. A completion shorter than `gen_length` tokens
+        ends in given EOS. Raises ValueError where a template is longer than that.
+        """
+        encoded = [self.encode(prompt) for prompt in prompts]
+        width = max(len(ids) for ids in encoded)
+        completions = [self._lay_out(template, gen_length) for template in templates]
+        return Prompts(
+            ids=self._tensor([[self.pad_id] * (width - len(ids)) + ids for ids in encoded]),
+            mask=self._tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded]).bool(),
+            template=self._tensor([ids for ids, _ in completions]),
+            given=self._tensor([given for _, given in completions]).bool(),
+            group=group.to(self.device),
+            examples=tuple(examples),
+        )
+
+    def _lay_out(self, template: Template | None, length: int) -> tuple[list[int], list[bool]]:
+        ids: list[int] = []
+        given: list[bool] = []
+        for part in (length,) if template is None else template:
+            tokens = [self.mask_id] * part if isinstance(part, int) else self.encode(part)
+            ids += tokens
+            given += [isinstance(part, str)] * len(tokens)
+        rest = length - len(ids)
+        if rest < 0:
+            raise ValueError(f"a template has {len(ids)} tokens, but gen_length={length}; raise gen_length")
+        return ids + [self.eos_id] * rest, given + [True] * rest
+
+    def _tensor(self, rows: Sequence[Sequence[int | bool]]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.long, device=self.device)
+
+    def token_logps(self, tokens: Tensor, mask: Tensor | None, targets: Tensor, scored: Tensor) -> Tensor:
+        """Return log pi(targets | tokens) [N T] at the scored positions, 0 elsewhere, in float32.
+
+        tokens [N L] with [MASK] in place; mask [N L] True at real tokens, or None; targets and
+        scored [N T] belong to the last T positions.
+        """
+        hidden = self.network.hidden(tokens, mask)[:, -targets.shape[1] :]
+        picked, wanted = hidden[scored], targets[scored]
+        if len(picked) <= self.head_chunk:
+            logps = self._log_softmax_at(picked, wanted)
+        else:
+            pieces = zip(picked.split(self.head_chunk), wanted.split(self.head_chunk), strict=True)
+            logps = torch.cat(
+                [checkpoint(self._log_softmax_at, h, t, use_reentrant=False) for h, t in pieces]
+            )
+        return torch.zeros(targets.shape, device=logps.device).masked_scatter(scored, logps)
+
+    def _log_softmax_at(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(self.network.logits(hidden).float(), targets, reduction="none")
+
+    @torch.no_grad()
+    def propose(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        window: slice,
+        temperature: float,
+        noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Choose a token for every position of a window, with the policy's confidence in it.
+
+        tokens [N L]; mask [N L] or None; the window has W of the L positions. At temperature 0 the
+        likeliest token; above it a draw from softmax(logits / temperature) by inverse CDF in
+        float64, from noise [N W] uniform on [0, 1). [MASK] is never chosen. Returns ids [N W] and
+        their probability at temperature 1, without noise, [N W].
+        """
+        logits = self.network.logits(self.network.hidden(tokens, mask)[:, window]).float()
+        allowed = logits.index_fill(-1, torch.tensor(self.mask_id, device=logits.device), -torch.inf)
+        if temperature == 0 or noise is None:
+            ids = allowed.argmax(-1)
+        else:
+            cumulative = (allowed.double() / temperature).softmax(-1).cumsum(-1)
+            threshold = noise.double().unsqueeze(-1) * cumulative[..., -1:]
+            ids = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+        return ids, logits.softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,105 @@
+"""The nouns that travel through one update: Rollout, Experience, MaskedSamples, Bounds.
+
+Sizes: B sequences, M mask draws, P prompt length, T completion length, L = P + T.
+Prompts are padded on the left, completions on the right, so that column P is the first
+position of every completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from torch import Tensor
+
+
+def _rows(value: Any, index: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return value[index]
+    if isinstance(value, Mapping):
+        return {name: _rows(item, index) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(value[i] for i in index.tolist())
+    return value.select(index)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A record whose every field has one entry a sequence."""
+
+    def select(self, index: Tensor) -> Self:
+        """Return the sequences at `index` [N], in that order."""
+        return type(self)(**{f.name: _rows(getattr(self, f.name), index) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Prompts(_Rows):
+    """What the decoder starts from: tokenised prompts and, where a task has one, a template."""
+
+    ids: Tensor  # [B P] left padded
+    mask: Tensor  # [B P] True at real prompt tokens
+    template: Tensor  # [B T] given tokens in place; what stands in a hole is ignored
+    given: Tensor  # [B T] True where the completion's token is given
+    group: Tensor  # [B] number of the prompt that the sequence belongs to
+    examples: tuple[Mapping[str, Any], ...]  # the task's items, one a sequence
+
+
+@dataclass(frozen=True)
+class Rollout(_Rows):
+    """Completions as the decoder left them, with all that later steps need to know of them."""
+
+    prompt_ids: Tensor  # [B P] left padded
+    prompt_mask: Tensor  # [B P] True at real prompt tokens
+    completion_ids: Tensor  # [B T]
+    completion_mask: Tensor  # [B T] True up to and including the first EOS
+    given: Tensor  # [B T] template tokens: never masked, decoded or scored
+    group: Tensor  # [B] number of the prompt that the sequence belongs to
+    commit_step: Tensor  # [B T] decoding step that fixed the token, -1 where none did
+    texts: tuple[str, ...]  # the completions, up to their EOS
+    examples: tuple[Mapping[str, Any], ...]  # the task's items, one a sequence
+
+    @property
+    def holes(self) -> Tensor:
+        """Positions that the policy decided itself, up to and including the first EOS [B T]."""
+        return self.completion_mask & ~self.given
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of holes up to and including the first EOS [B]."""
+        return self.holes.sum(-1)
+
+
+@dataclass(frozen=True)
+class Experience(_Rows):
+    """Scored rollouts: what the update learns from."""
+
+    rollout: Rollout
+    rewards: Tensor  # [B]
+    reward_parts: Mapping[str, Tensor]  # {name: [B]}
+    advantages: Tensor  # [B]
+
+
+@dataclass(frozen=True)
+class MaskedSamples(_Rows):
+    """M masked copies of each sequence, and which of their positions count for how much."""
+
+    tokens: Tensor  # [B M L] with [MASK] in place
+    scored: Tensor  # [B M T] positions whose log-probability is estimated; masked, in the region
+    weight: Tensor  # [B M T] w(t) = 1/t at scored positions, 0 elsewhere
+    region: Tensor  # [B T] positions that may be scored: holes, up to the first EOS or all
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of positions in the region [B]."""
+        return self.region.sum(-1)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Per-token parts of a lower and an upper bound [B T]; their sum over T is the sequence's."""
+
+    lower: Tensor
+    upper: Tensor
+
+
