@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from spg.limits import check_limits
+
 
 class Advantage(Protocol):
     """Maps the rewards of P prompts with G completions each onto advantages."""
@@ -39,8 +41,7 @@ class Normalized:
     """Reward minus the group's mean, divided by its standard deviation plus `eps` (GRPO)."""
 
     def __init__(self, eps: float = 1e-4) -> None:
-        if eps <= 0:
-            raise ValueError(f"eps={eps} is out of range; allowed: a number above 0")
+        check_limits(eps=eps)
         self.eps = eps
 
     def __call__(self, rewards: Tensor) -> Tensor:

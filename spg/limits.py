@@ -52,7 +52,6 @@ COUNT = _at_least(1)
 COUNT_OR_ZERO = _at_least(0)
 PROBABILITY = _between(0, 1)
 FLAG = Limit(lambda v: isinstance(v, bool), "true or false")
-TEXT_OR_NULL = Limit(lambda v: v is None or isinstance(v, str), "a text, or null")
 
 
 def _is_pair_of_decays(value: Any) -> bool:
@@ -91,19 +90,19 @@ LIMITS: dict[str, Limit] = {
     "weight_decay": NOT_NEGATIVE,
     "warmup_updates": COUNT_OR_ZERO,
     "max_grad_norm": POSITIVE,
+    "eps": POSITIVE,
     "prompts_per_rollout": COUNT,
     "micro_batch_size": _or_null(COUNT),
     "max_updates": COUNT,
     "threads": COUNT,
-    "deterministic": FLAG,
     "accelerator": _one_of("cpu", "cuda", "auto"),
     "precision": _one_of("32-true", "bf16-mixed", "bf16-true"),
     # evaluation, checkpoints, logging
-    "every_updates": COUNT,
-    "examples": COUNT,
     "batch_size": COUNT,
-    "samples_every_updates": COUNT_OR_ZERO,
-    "samples_shown": COUNT,
+    "eval_batch_size": COUNT,
+    "validate_every": COUNT,
+    "checkpoint_every": COUNT,
+    "samples_every": COUNT_OR_ZERO,
     "split": _one_of("validation", "test", "heldout"),
     # tasks
     "format": _one_of("template", "completion"),
@@ -144,5 +143,5 @@ def check_length_counted_once(normalization: str, length_weighting: bool) -> Non
     if normalization == "elbo_weight" and length_weighting:
         raise ValueError(
             "normalization=elbo_weight with length_weighting=true would count a sequence's length "
-            "twice; set objective.length_weighting=false, or keep normalization=per_token"
+            "twice; set algorithm.objective.length_weighting=false, or keep normalization=per_token"
         )

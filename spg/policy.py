@@ -6,7 +6,7 @@ The vocabulary axis stays in here: log-probabilities leave as [N T], choices as 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 
+from spg.models.network import Network
 from spg.tasks.base import Chat, Example, Template
 from spg.types import Prompts
-
-
-class Network(Protocol):
-    """What a policy needs of a network; it is an `nn.Module` as well."""
-
-    def hidden(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return hidden states [N L D] of ids [N L]; attention_mask [N L] is True at real tokens."""
-        ...
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits [... V] of hidden states [... D]."""
-        ...
 
 
 class Policy(nn.Module):
@@ -38,9 +27,7 @@ class Policy(nn.Module):
     or padding token.
     """
 
-    def __init__(
-        self, network: nn.Module, tokenizer: PreTrainedTokenizerBase, head_chunk: int = 16384
-    ) -> None:
+    def __init__(self, network: Network, tokenizer: PreTrainedTokenizerBase, head_chunk: int = 16384) -> None:
         super().__init__()
         self.network = network
         self.tokenizer = tokenizer
@@ -48,6 +35,8 @@ class Policy(nn.Module):
         self.mask_id = self._token_id("mask_token_id")
         self.eos_id = self._token_id("eos_token_id")
         self.pad_id = self._token_id("pad_token_id")
+        # a group repeats its prompt, and templates repeat short texts
+        self._encode_text = lru_cache(maxsize=4096)(self._encode)
 
     def _token_id(self, name: str) -> int:
         token_id = getattr(self.tokenizer, name)
@@ -66,18 +55,20 @@ class Policy(nn.Module):
         Raises ValueError where the tokenizer cannot write the text.
         """
         if isinstance(prompt, str):
-            text = prompt
-        elif self.tokenizer.chat_template is None:
+            return list(self._encode_text(prompt))
+        if self.tokenizer.chat_template is None:
             raise ValueError(
                 "this model's tokenizer has no chat template, so it cannot read an instruct prompt; "
                 "use task.prompt_style=bare, or an instruction-tuned model"
             )
-        else:
-            text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return list(self._encode_text(text))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
             raise ValueError(f"the tokenizer has no tokens for parts of {text!r}")
-        return ids
+        return tuple(ids)
 
     def text(self, completion_ids: Tensor) -> str:
         """Return the text of one completion [T], up to its first EOS."""
@@ -137,7 +128,8 @@ class Policy(nn.Module):
         if len(picked) <= self.head_chunk:
             logps = self._log_softmax_at(picked, wanted)
         else:
-            pieces = zip(picked.split(self.head_chunk), wanted.split(self.head_chunk), strict=True)
+            size = self.head_chunk
+            pieces = zip(torch.split(picked, size), torch.split(wanted, size), strict=True)
             logps = torch.cat(
                 [checkpoint(self._log_softmax_at, h, t, use_reentrant=False) for h, t in pieces]
             )

@@ -101,5 +101,3 @@ class Bounds:
 
     lower: Tensor
     upper: Tensor
-
-

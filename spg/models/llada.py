@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spg.limits import check_limits
+from spg.models.network import Network
 
 
 @dataclass(frozen=True)
@@ -96,37 +97,50 @@ class Block(nn.Module):
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        return x.view(*x.shape[:-1], -1, self.head_width).transpose(1, 2)
 
 
-class LLaDA(nn.Module):
+class Transformer(nn.Module):
+    """The parts of the network under their published names."""
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.embedding_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.ff_out = nn.Linear(config.d_model, config.embedding_size, bias=False)
+
+
+class Model(nn.Module):
+    """The level `model.` of the published names."""
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        self.transformer = Transformer(config)
+
+
+class LLaDA(Network):
     """The network: token ids [N L] to hidden states [N L D], and hidden states to logits.
 
-    seed: of the initial weights, normal with deviation 0.02 (residual outputs scaled by depth).
+    seed: of the initial weights, normal with deviation 1 / sqrt(inputs), those that write into the
+    residual stream divided by sqrt(2 * layers).
     """
 
     def __init__(self, config: LLaDAConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.embedding_size, config.d_model),
-                "blocks": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
-                "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
-                "ff_out": nn.Linear(config.d_model, config.embedding_size, bias=False),
-            }
-        )
-        self.model = nn.ModuleDict({"transformer": transformer})
+        self.model = Model(config)
         self._rotary: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._initialise(seed)
 
     def _initialise(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        residual = 0.02 / (2 * self.config.n_layers) ** 0.5
+        depth = (2 * self.config.n_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 into_residual = "blocks" in name and ("attn_out" in name or "ff_out" in name)
-                nn.init.normal_(parameter, std=residual if into_residual else 0.02, generator=generator)
+                std = parameter.shape[1] ** -0.5 / (depth if into_residual else 1)
+                nn.init.normal_(parameter, std=std, generator=generator)
 
     def hidden(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the final hidden states [N L D] of `ids` [N L].
@@ -134,17 +148,17 @@ class LLaDA(nn.Module):
         attention_mask [N L]: True at real tokens; padding is seen by no position, and rotary
         positions are relative, so that a padded row equals the row alone. None: nothing is padded.
         """
-        parts = self.model["transformer"]
-        x = parts["wte"](ids)
+        parts = self.model.transformer
+        x = parts.wte(ids)
         rotary = self._rotary_tables(ids.shape[1], ids.device)
         bias = None if attention_mask is None else attention_mask[:, None, None, :]
-        for block in parts["blocks"]:
+        for block in parts.blocks:
             x = block(x, rotary, bias)
-        return parts["ln_f"](x)
+        return parts.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [... V] of hidden states [... D]."""
-        return self.model["transformer"]["ff_out"](hidden)
+        return self.model.transformer.ff_out(hidden)
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         key = (length, device)

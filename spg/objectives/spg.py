@@ -53,7 +53,7 @@ class SPG:
         shares = lengths.float() if self.length_weighting else torch.ones_like(lengths, dtype=torch.float)
         if self.loss_norm == "batch":
             return shares / shares.sum().clamp_min(1)
-        _, index = group.unique(return_inverse=True)
+        _, index = torch.unique(group, return_inverse=True)
         num_groups = int(index.max()) + 1
         totals = shares.new_zeros(num_groups).index_add(0, index, shares).clamp_min(1)
         return shares / totals[index] / num_groups

@@ -19,7 +19,7 @@ from spg.tasks.base import SPLITS, Chat, Example, Template
 CELLS = 16
 
 # The 88 solutions of the paper's test puzzles; the other 200 grids are for training.
-HELD_OUT = tuple(
+HELD_OUT = tuple(  # one text is shorter to read than 88
     """
     1234342143122143 1234432124133142 1243341221344321 1243341243212134 1324241332414132
     1324241342313142 1324421324313142 1324421331422431 1324423121433412 1324423124133142
@@ -38,7 +38,8 @@ HELD_OUT = tuple(
     4123231432411432 4123234114323214 4123234132141432 4123234134121234 4123321413422431
     4123321423411432 4132231414233241 4132321414232341 4132324113242413 4132324123141423
     4213134224313124 4213134234212134 4231132424133142 4231134224133124 4312123434212143
-    4312213434211243 4312214312343421 4321123421433412    """.split()
+    4312213434211243 4312214312343421 4321123421433412
+    """.split()
 )
 
 # The puzzles of the few-shot prompts, in no split; their solutions are on the training side.
@@ -155,7 +156,8 @@ def read_puzzles(path: str | Path) -> list[Example]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"task.path={path} is no file; give a CSV with the columns Puzzle,Solution")
-    grids, rows = set(all_grids()), []
+    grids = set(all_grids())
+    rows: list[Example] = []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if not {"Puzzle", "Solution"} <= set(reader.fieldnames or ()):
@@ -272,7 +274,7 @@ class Sudoku:
     def answer(self, completion: str) -> str:
         """Return the digits that a completion answers with: all, or those in its last answer tags."""
         if self.prompt_style == "instruct":
-            head, _, rest = completion.rpartition("</answer>")
+            head, _, _ = completion.rpartition("</answer>")
             completion = head.rpartition("<answer>")[2] if "<answer>" in head else ""
         return "".join(c for c in completion if c.isdigit())
 

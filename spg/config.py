@@ -1,0 +1,258 @@
+"""Composing and checking the configuration, before torch is imported.
+
+Every entry point runs through `run`: the command line is composed and checked in about a second, a
+mistake is answered with what was given, what is allowed and the nearest right name, and only then
+does the job start.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from spg.limits import LIMITS, check_length_counted_once
+
+log = logging.getLogger(__name__)
+
+_PACKAGED = Path(__file__).parent / "conf"
+CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "conf"
+
+OmegaConf.register_new_resolver("ceil_div", lambda a, b: -(-int(a) // int(b)), replace=True)
+
+
+class ConfigError(ValueError):
+    """A mistake in what the user asked for; its text is all that the user needs to see."""
+
+
+def run(primary: str, job: Callable[[DictConfig], None]) -> None:
+    """Check the command line against the primary config `primary`, then let Hydra run `job`."""
+    try:
+        if not preflight(primary, sys.argv[1:]):
+            return
+        app = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=primary)(job)
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve shared cores
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let ConfigError through, unwrapped
+        app()
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
+
+
+def preflight(primary: str, argv: list[str]) -> bool:
+    """Check a command line; False if it only asked for help, which has then been given.
+
+    Raises ConfigError.
+    """
+    args = get_args_parser().parse_args(argv)
+    if args.help:
+        from spg.usage import show
+
+        show(primary)
+        return False
+    if args.config_name or args.config_dir or args.cfg or args.info or args.hydra_help:
+        return True
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name=primary):
+        overrides = _parse(args.overrides)
+        known = _compose(primary, [])
+        for override in overrides:
+            _check_group(override)
+        for lines in _one_at_a_time(overrides, args.multirun):
+            check(_compose(primary, lines, overrides, known))
+    return True
+
+
+def compose(primary: str, overrides: list[str]) -> DictConfig:
+    """Compose and check a configuration; raises ConfigError."""
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name=primary):
+        parsed = _parse(overrides)
+        for override in parsed:
+            _check_group(override)
+        cfg = _compose(primary, overrides, parsed, _compose(primary, []))
+    check(cfg)
+    return cfg
+
+
+def _parse(lines: list[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(lines)
+    except HydraException as error:
+        raise ConfigError(f"the command line can't be read: {str(error).splitlines()[0]}") from error
+
+
+def _one_at_a_time(overrides: list[Override], multirun: bool) -> Iterator[list[str]]:
+    """Yield command lines without sweeps that together hold every value that a sweep names."""
+    values = []
+    for override in overrides:
+        if override.is_sweep_override():
+            if not multirun:
+                raise ConfigError(
+                    f"{override.input_line} names several values; add --multirun for a run of each, or "
+                    f"quote a text with commas: '{override.key_or_group}=\"...\"'"
+                )
+            head = override.input_line.split("=", 1)[0]
+            values.append([f"{head}={value}" for value in override.sweep_string_iterator()])
+        else:
+            values.append([override.input_line or ""])
+    first = [options[0] for options in values]
+    yield first
+    for i, options in enumerate(values):
+        for other in options[1:]:
+            yield [*first[:i], other, *first[i + 1 :]]
+
+
+def _nearest(given: str, allowed: list[str]) -> str | None:
+    """Return the allowed name that a mistyped one most likely meant, or None."""
+    last = given.rpartition(".")[2]
+    same_end = [name for name in allowed if name.rpartition(".")[2] == last]
+    close = difflib.get_close_matches(given, allowed, n=1, cutoff=0.6)
+    ends = [name.rpartition(".")[2] for name in allowed]
+    close_end = difflib.get_close_matches(last, ends, n=1, cutoff=0.6)
+    if same_end or close:
+        return (same_end or close)[0]
+    return next((name for name in allowed if close_end and name.rpartition(".")[2] == close_end[0]), None)
+
+
+def _check_group(override: Override) -> None:
+    """Raise ConfigError where an override chooses an option that its group does not have."""
+    group = override.key_or_group
+    loader = GlobalHydra.instance().config_loader()
+    options = sorted(loader.get_group_options(group))
+    if not options or override.is_delete() or group.startswith("hydra"):
+        return
+    chosen = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
+    for value in chosen:
+        if value is not None and str(value) not in options:
+            key = override.get_key_element().lstrip("+~")
+            guess = _nearest(str(value), options)
+            raise ConfigError(
+                f"{key}={value}: {group} has no option {value!r}; allowed: {', '.join(options)}"
+                + (f"; nearest: {key}={guess}" if guess else "")
+            )
+
+
+def _compose(
+    primary: str, lines: list[str], overrides: list[Override] | None = None, known: DictConfig | None = None
+) -> DictConfig:
+    try:
+        return hydra.compose(primary, lines, return_hydra_config=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        for override in overrides or []:
+            _check_key(override, known)
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _check_key(override: Override, known: DictConfig | None) -> None:
+    """Raise ConfigError where an override sets a key that the configuration does not have."""
+    key = override.key_or_group
+    if known is None or key.startswith("hydra.") or key == "hydra" or is_known(known, key):
+        return
+    if GlobalHydra.instance().config_loader().get_group_options(key):
+        return
+    allowed = [*keys(known), *groups()]
+    guess = _nearest(key, allowed)
+    siblings = [name for name in allowed if name.rpartition(".")[0] == key.rpartition(".")[0]]
+    raise ConfigError(
+        f"{override.input_line}: there is no key {key!r}; allowed here: {', '.join(siblings or groups())}"
+        + (f"; nearest: {guess}" if guess else "")
+    )
+
+
+def groups() -> list[str]:
+    """Return the names of the config groups."""
+    return sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir())
+
+
+def keys(cfg: DictConfig, prefix: str = "") -> list[str]:
+    """Return the dotted names of all leaves of a configuration, but for class names."""
+    names: list[str] = []
+    for key in map(str, cfg):
+        node = cfg._get_node(key)
+        if key.startswith("_"):
+            continue
+        if isinstance(node, DictConfig) and not node._is_interpolation() and not node._is_none():
+            names += keys(node, f"{prefix}{key}.")
+        else:
+            names.append(f"{prefix}{key}")
+    return names
+
+
+def is_known(cfg: DictConfig, key: str) -> bool:
+    """Return whether `key` names a leaf or a node of the configuration."""
+    return any(name == key or name.startswith(f"{key}.") for name in keys(cfg))
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise ConfigError where a number or choice of the configuration is out of its limits."""
+    for key in keys(cfg):
+        name = key.rpartition(".")[2]
+        if name not in LIMITS:
+            continue
+        try:
+            value = OmegaConf.select(cfg, key, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
+        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        if not LIMITS[name].allows(value):
+            raise ConfigError(f"{key}={value}: out of range; allowed: {LIMITS[name].words}")
+    if "task" in cfg and cfg.task.get("min_empty", 1) > cfg.task.get("max_empty", 16):
+        raise ConfigError(
+            f"task.min_empty={cfg.task.min_empty} is above task.max_empty={cfg.task.max_empty}; lower it"
+        )
+    if "algorithm" in cfg:
+        try:
+            check_length_counted_once(cfg.algorithm.normalization, cfg.algorithm.objective.length_weighting)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def unread_knobs(cfg: DictConfig) -> list[str]:
+    """Return the root numbers that no part of the configuration refers to."""
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(raw, dict)
+    knobs = [str(key) for key, value in raw.items() if isinstance(value, int | float)]
+    parts = str({key: value for key, value in raw.items() if key not in knobs})
+    # the training loop reads these itself
+    return [k for k in knobs if k not in ("seed", "mu", "group_size") and f"${{{k}}}" not in parts]
+
+
+def notes(cfg: DictConfig, overrides: list[str]) -> list[str]:
+    """Return what a user should know about a valid configuration, a line each.
+
+    overrides: the command line, to tell what was asked for from what stands by default.
+    """
+    lines = []
+    unread = unread_knobs(cfg)
+    asked = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
+    for knob in (k for k in unread if k in asked):
+        lines.append(f"Warning: {knob}={cfg[knob]} is read by no selected part and changes nothing.")
+    if "beta" in cfg and "beta" not in unread and cfg.beta < 1:
+        lines.append(f"Note: with beta={cfg.beta}, below 1, the EUBO is no upper bound.")
+    return lines
+
+
+def build(node: Any, **extra: Any) -> Any:
+    """Instantiate a node of the configuration; a constructor's ValueError becomes a ConfigError."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(node, **extra)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ValueError):
+            raise ConfigError(str(cause)) from error
+        raise

@@ -1,0 +1,36 @@
+"""One terminal for log lines, progress bar and tables, so that they do not write over each other."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.text import Text
+
+
+class _Lines(RichHandler):
+    """Log lines as they are: no time, level, wrapping or highlighting."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.print(Text(self.format(record)), soft_wrap=True)
+
+
+console = Console(highlight=False)
+
+
+def take_over_logging() -> None:
+    """Send what loggers write to standard output through the console, and quiet Lightning's chatter."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.StreamHandler) and getattr(handler, "stream", None) is sys.stdout:
+            root.removeHandler(handler)
+    if not any(isinstance(handler, _Lines) for handler in root.handlers):
+        root.addHandler(_Lines(console=console))
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # rollouts are the work; loading prompts needs no worker processes
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")

@@ -1,0 +1,99 @@
+"""Where metrics go: metrics.csv, always, and Weights & Biases where it is asked for."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+log = logging.getLogger(__name__)
+
+
+class MetricsCSV(Logger):
+    """Writes one row an update to `<folder>/metrics.csv`; columns appear as metrics do.
+
+    Metrics logged for the same step share a row. A row is on disk as soon as a later step is logged
+    or the run ends.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self._columns: list[str] = []
+        self._row: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """Name of the logger."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """Version of the run; the folder is its own."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """Folder of the file."""
+        return str(self.path.parent)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the resolved configuration lies beside the file."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add metrics to the row of `step`."""
+        if self._row and self._row["update"] != step:
+            self.save()
+            self._row = {}
+        self._row |= {"update": step, **metrics}
+
+    def save(self) -> None:
+        """Append the pending row; a row with new columns has the file written anew."""
+        if not self._row:
+            return
+        new = [name for name in self._row if name not in self._columns]
+        if new:
+            self._columns += new
+            rows = read_metrics(self.path) if self.path.exists() else []
+            staged = self.path.with_suffix(".csv.tmp")
+            with staged.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self._columns)
+                writer.writeheader()
+                writer.writerows(rows)
+            os.replace(staged, self.path)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._columns).writerow(self._row)
+        self._row = {}
+
+    def finalize(self, status: str) -> None:
+        """Write what is pending."""
+        self.save()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, str]]:
+    """Return the rows of a metrics.csv, as written."""
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def wandb_logger(project: str, entity: str | None, folder: str | Path, config: Any) -> WandbLogger:
+    """Return a W&B logger for a run in `folder`: online with an account, offline without.
+
+    WANDB_MODE and WANDB_API_KEY are respected as W&B defines them; nothing is ever asked for.
+    """
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
+    if offline:
+        log.info("W&B: no account found, logging offline; `wandb sync` later: %s/wandb/offline-*", folder)
+    logger = WandbLogger(
+        name=Path(folder).name, save_dir=str(folder), project=project, entity=entity, offline=offline
+    )
+    logger.experiment.config.update(config)
+    return logger

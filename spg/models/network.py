@@ -1,0 +1,19 @@
+"""What a policy needs of a network."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import Tensor, nn
+
+
+class Network(nn.Module):
+    """Token ids to hidden states to logits, in two steps: the head runs only where it is asked for."""
+
+    @abstractmethod
+    def hidden(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return hidden states [N L D] of ids [N L]; attention_mask [N L] is True at real tokens."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits [... V] of hidden states [... D]."""

@@ -1,0 +1,224 @@
+"""Base weights: supervised training on solver-made completions, and where the result is kept.
+
+A combination of model, task and pretraining settings has a fingerprint; its weights are looked for
+in the package, then in the cache, and made and cached where neither has them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from spg.collect import Evaluation, evaluate
+from spg.config import build
+from spg.data import PromptStream
+from spg.decoding import Decoder, through_first
+from spg.estimators import ELBO
+from spg.masking import Random
+from spg.policy import Policy
+from spg.seeding import generator
+from spg.tasks.base import Example, Task
+from spg.types import Rollout
+from spg.weights import load_weights, save_weights
+
+log = logging.getLogger(__name__)
+
+# raised when the same settings begin to mean other weights
+VERSION = 1
+ASSETS = Path(__file__).parent / "assets"
+
+
+class Pretraining(pl.LightningModule):
+    """Maximises the ELBO of solver-made completions: masked diffusion training.
+
+    One draw a completion, a uniform number of holes masked, AdamW with a linear decay to 0.
+    """
+
+    def __init__(self, policy: Policy, task: Task, gen_length: int, steps: int, lr: float, seed: int) -> None:
+        super().__init__()
+        self.policy = policy
+        self.task = task
+        self.gen_length = gen_length
+        self.steps = steps
+        self.lr = lr
+        self.masking = Random(num_mc=1, prompt_mask_prob=0.0)
+        self.elbo = ELBO()
+        self.seed = seed
+
+    def training_step(self, examples: list[Example], batch_idx: int) -> Tensor:
+        """Return the mean negative ELBO a token, in nats."""
+        targets = as_rollout(self.policy, self.task, examples, self.gen_length)
+        samples = self.masking(targets, self.policy.mask_id, generator(self.seed, "pretrain", batch_idx))
+        mask = torch.cat([targets.prompt_mask, torch.ones_like(targets.given)], dim=-1)
+        token_logps = self.policy.token_logps(
+            samples.tokens[:, 0], mask, targets.completion_ids, samples.scored[:, 0]
+        )
+        return -self.elbo(token_logps.unsqueeze(1), samples).sum(-1).mean()
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW and its linear decay."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.99), fused=True)
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+
+def as_rollout(policy: Policy, task: Task, examples: list[Example], gen_length: int) -> Rollout:
+    """Lay solver-made completions out as if the policy had decoded them, holes open to be learned."""
+    templates = [task.template(example) for example in examples]
+    prompts = policy.prepare(
+        examples,
+        [task.prompt(example) for example in examples],
+        templates,
+        torch.arange(len(examples)),
+        gen_length,
+    )
+    texts = [task.target(example) for example in examples]
+    # `prepare` lays a wholly given completion out, padded with EOS
+    solved = policy.prepare(examples, texts, [(text,) for text in texts], prompts.group, gen_length)
+    completion = solved.template
+    return Rollout(
+        prompt_ids=prompts.ids,
+        prompt_mask=prompts.mask,
+        completion_ids=completion,
+        completion_mask=through_first(completion == policy.eos_id),
+        given=prompts.given,
+        group=prompts.group,
+        commit_step=torch.full_like(completion, -1),
+        texts=tuple(texts),
+        examples=tuple(examples),
+    )
+
+
+def combination(cfg: DictConfig) -> dict[str, Any]:
+    """Return all that base weights depend on: model, task and pretraining settings."""
+    # base weights are made on generated examples, whatever file or reward the run itself uses
+    left_out = {
+        "model": ["weights"],
+        "task": ["reward", "eval_size", "path"],
+        "pretrain": ["steps_by_format"],
+    }
+    kept: dict[str, Any] = {"gen_length": cfg.gen_length, "version": VERSION}
+    for part, unrelated in left_out.items():
+        settings = OmegaConf.to_container(cfg[part], resolve=True)
+        assert isinstance(settings, dict)
+        kept[part] = {key: value for key, value in settings.items() if key not in unrelated}
+    return kept
+
+
+def file_name(cfg: DictConfig) -> str:
+    """Return the file name of a combination's base weights."""
+    text = json.dumps(combination(cfg), sort_keys=True)
+    task = cfg.task._target_.rpartition(".")[2].lower()
+    return f"base-{task}-{cfg.task.format}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.safetensors"
+
+
+def cache_dir() -> Path:
+    """Return the folder of weights made here: $SPG_CACHE, or spg below the user's cache folder."""
+    if "SPG_CACHE" in os.environ:
+        return Path(os.environ["SPG_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spg"
+
+
+def build_policy(cfg: DictConfig) -> Policy:
+    """Build the configured policy with its weights: base ones, random ones, or those of a file."""
+    policy = Policy(build(cfg.model.network), build(cfg.model.tokenizer))
+    if cfg.model.weights == "random":
+        return policy
+    path = base_weights(cfg) if cfg.model.weights == "base" else Path(cfg.model.weights)
+    load_weights(policy.network, path)
+    log.info("Weights: %s", path)
+    return policy
+
+
+def base_weights(cfg: DictConfig) -> Path:
+    """Return the file of a combination's base weights, shipped, cached or made now."""
+    name = file_name(cfg)
+    for folder in (ASSETS, cache_dir()):
+        if (folder / name).is_file():
+            return folder / name
+    log.info("No base weights ship for this combination: pretraining (%d steps) ...", cfg.pretrain.steps)
+    return pretrain(cfg, cache_dir())
+
+
+def pretrain(cfg: DictConfig, folder: Path) -> Path:
+    """Train base weights, write them and their card to `folder`, and return the weights' file."""
+    started = time.perf_counter()
+    task = build(cfg.task, path=None)
+    numbers = cfg.pretrain
+    network = build(cfg.model.network, seed=numbers.seed)
+    policy = Policy(network, build(cfg.model.tokenizer))
+    module = Pretraining(policy, task, cfg.gen_length, numbers.steps, numbers.lr, numbers.seed)
+    stream = PromptStream(task.examples("train"), numbers.batch_size, numbers.steps, numbers.seed)
+    trainer = pl.Trainer(
+        accelerator=cfg.trainer.accelerator if "trainer" in cfg else cfg.accelerator,
+        devices=1,
+        max_steps=numbers.steps,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(stream, batch_size=None))
+    seconds = time.perf_counter() - started
+    decoder: Decoder = build(cfg.decoding, temperature=0.0)
+    result = evaluate(policy, decoder, task, task.examples("validation"), 256)
+    path = folder / file_name(cfg)
+    save_weights(policy.network, path, {"spg": json.dumps(combination(cfg), sort_keys=True)})
+    path.with_suffix(".md").write_text(card(cfg, policy, result, seconds, path.name), encoding="utf-8")
+    log.info("Pretrained in %.0f s; %s", seconds, describe(result))
+    return path
+
+
+def describe(result: Evaluation) -> str:
+    """Return the measures of an evaluation in words."""
+    return ", ".join(f"{name} {result.mean(name):.3f}" for name in result.measures)
+
+
+def card(cfg: DictConfig, policy: Policy, result: Evaluation, seconds: float, name: str) -> str:
+    """Return a model card: what the weights are, the command, the data, the figures."""
+    parameters = sum(p.numel() for p in policy.network.parameters())
+    arguments = [a for a in sys.argv[1:] if not a.startswith(("output=", "run="))]
+    command = shlex.join(["python", "-m", "spg.pretrain", *arguments])
+    settings = json.dumps(combination(cfg), indent=2, sort_keys=True)
+    figures = "\n".join(
+        f"- {measure}: {result.mean(measure):.3f} "
+        f"({result.interval(measure)[0]:.3f} to {result.interval(measure)[1]:.3f})"
+        for measure in result.measures
+    )
+    return f"""# {name}
+
+A base model for reinforcement learning: {parameters:,} parameters, masked diffusion training (the
+negative ELBO) for {cfg.pretrain.steps} steps of {cfg.pretrain.batch_size} completions,
+{seconds:.0f} s on {torch.get_num_threads()} CPU threads. It is stopped early on purpose: what is left to
+learn is what reinforcement learning shows.
+
+- Command: `{command}`
+- Seed: {cfg.pretrain.seed}
+- Data: generated puzzles of the training grids with their solutions; no held-out solution was seen.
+- Libraries: torch {torch.__version__}, lightning {pl.__version__}
+- Licence: MIT, as the project
+
+Greedy decoding of {len(result.texts)} validation puzzles, with 95% bootstrap intervals:
+
+{figures}
+
+Settings that the file name's fingerprint is made of:
+
+```json
+{settings}
+```
+"""
