@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 _PACKAGED = Path(__file__).parent / "conf"
 CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "conf"
 
+# root keys that parts interpolate; mu, group_size and seed are read by the training loop itself
+KNOBS = ("beta", "omega", "block_size", "num_mc", "gen_length")
+
 OmegaConf.register_new_resolver("ceil_div", lambda a, b: -(-int(a) // int(b)), replace=True)
 
 
@@ -220,13 +223,11 @@ def check(cfg: DictConfig) -> None:
 
 
 def unread_knobs(cfg: DictConfig) -> list[str]:
-    """Return the root numbers that no part of the configuration refers to."""
+    """Return the root keys that no selected part of the configuration refers to."""
     raw = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(raw, dict)
-    knobs = [str(key) for key, value in raw.items() if isinstance(value, int | float)]
-    parts = str({key: value for key, value in raw.items() if key not in knobs})
-    # the training loop reads these itself
-    return [k for k in knobs if k not in ("seed", "mu", "group_size") and f"${{{k}}}" not in parts]
+    parts = str({key: value for key, value in raw.items() if key not in KNOBS})
+    return [knob for knob in KNOBS if knob in raw and f"${{{knob}}}" not in parts]
 
 
 def notes(cfg: DictConfig, overrides: list[str]) -> list[str]:

@@ -108,7 +108,7 @@ def combination(cfg: DictConfig) -> dict[str, Any]:
     left_out = {
         "model": ["weights"],
         "task": ["reward", "eval_size", "path"],
-        "pretrain": ["steps_by_format"],
+        "pretrain": [],
     }
     kept: dict[str, Any] = {"gen_length": cfg.gen_length, "version": VERSION}
     for part, unrelated in left_out.items():

@@ -174,11 +174,16 @@ def read_puzzles(path: str | Path) -> list[Example]:
     return rows
 
 
+def _after(cell: int) -> str:
+    """Return what a template writes after a cell: a line for each row, a space between the boxes."""
+    return "\n" if cell % 4 == 3 else " " if cell % 4 == 1 else ""
+
+
 class Sudoku:
     """Fill a 4x4 grid so that each row, column and 2x2 box holds 1 to 4 once (paper, G.1).
 
-    format: `template` gives the grid with its clues in place, only empty cells are decoded;
-    `completion` asks for all 16 digits after the puzzle, as in the paper.
+    format: `template` gives the grid with its clues in place, four lines with a space between the
+    boxes (24 tokens where each character is one), only empty cells are decoded; `completion` asks for all 16 digits after the puzzle, as in the paper.
     reward: `cells` is the fraction of empty cells filled as in the solution (as published, blind to
     overwritten clues); `rules` is 0 if a clue was changed or the grid is not 16 digits, else the
     fraction of empty cells whose digit is in range and unlike every other in its row, column and
@@ -245,17 +250,18 @@ class Sudoku:
     def template(self, example: Example) -> Template | None:
         if self.format == "completion":
             return None
-        parts: list[str | int] = [
-            "<answer>\n" if self.prompt_style == "instruct" else "",
-            *(1 if digit == "0" else digit for digit in example["puzzle"]),
-            "\n</answer>" if self.prompt_style == "instruct" else "",
-        ]
-        return tuple(part for part in parts if part)
+        opening, closing = ("<answer>\n", "</answer>") if self.prompt_style == "instruct" else ("", "")
+        parts: list[str | int] = [opening]
+        for cell, digit in enumerate(example["puzzle"]):
+            parts += [1 if digit == "0" else digit, _after(cell)]
+        return tuple(part for part in [*parts, closing] if part)
 
     def target(self, example: Example) -> str:
-        if self.prompt_style == "instruct":
-            return f"<answer>\n{example['solution']}\n</answer>"
-        return example["solution"]
+        if self.format == "template":
+            grid = "".join(digit + _after(cell) for cell, digit in enumerate(example["solution"]))
+        else:
+            grid = example["solution"]
+        return f"<answer>\n{grid}</answer>" if self.prompt_style == "instruct" else grid
 
     def reward(self, example: Example, completion: str) -> dict[str, float]:
         score = cells if self.reward_name == "cells" else rules

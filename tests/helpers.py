@@ -1,0 +1,120 @@
+"""What several tests need: rollouts and experience by hand, small policies, golden files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from spg.models.llada import LLaDA, LLaDAConfig
+from spg.models.tokenizer import tiny_tokenizer
+from spg.policy import Policy
+from spg.types import Experience, Prompts, Rollout
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def real_data(name: str) -> Path:
+    """Return the path of a real data file, or skip the test where it is not at hand."""
+    shared = Path(os.environ.get("SPG_SHARED", ROOT.parent / "shared"))
+    path = shared / "data" / name
+    if not path.exists():
+        pytest.skip(f"{name} is not at hand; set SPG_SHARED to the folder above data/")
+    return path
+
+
+def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the arrays and the arguments of a golden case."""
+    with np.load(GOLDEN / name) as file:
+        arrays = {key: torch.from_numpy(file[key]) for key in file.files if key != "args_json"}
+        return arrays, json.loads(str(file["args_json"]))
+
+
+def rollout_of(
+    holes: Tensor,
+    *,
+    given: Tensor | None = None,
+    prompt_mask: Tensor | None = None,
+    prompt_ids: Tensor | None = None,
+    completion_ids: Tensor | None = None,
+    completion_mask: Tensor | None = None,
+    group: Tensor | None = None,
+) -> Rollout:
+    """Return a rollout whose region `to_eos` is `holes` [B T], all else made up where not given."""
+    b, t = holes.shape
+    if prompt_mask is None:
+        prompt_mask = torch.ones(b, 3, dtype=torch.bool)
+    if completion_mask is None:
+        completion_mask = holes
+    return Rollout(
+        prompt_ids=torch.full(prompt_mask.shape, 5) if prompt_ids is None else prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=torch.full((b, t), 6) if completion_ids is None else completion_ids,
+        completion_mask=completion_mask,
+        given=torch.zeros_like(holes) if given is None else given,
+        group=torch.zeros(b, dtype=torch.long) if group is None else group,
+        commit_step=torch.zeros(b, t, dtype=torch.long),
+        texts=("",) * b,
+        examples=({},) * b,
+    )
+
+
+def experience_of(holes: Tensor, advantages: Tensor, **rollout: Any) -> Experience:
+    """Return an experience with these advantages [B]; the rewards are made up."""
+    return Experience(rollout_of(holes, **rollout), advantages + 1, {"all": advantages + 1}, advantages)
+
+
+def golden_network() -> LLaDA:
+    """Return the small LLaDA whose logits and decodings the goldens hold."""
+    fields = json.loads((GOLDEN / "llada" / "config.json").read_text())
+    names = [field.name for field in dataclasses.fields(LLaDAConfig)]
+    network = LLaDA(LLaDAConfig(**{name: fields[name] for name in names}))
+    network.load_state_dict(load_file(GOLDEN / "llada" / "tiny_llada.safetensors"))
+    return network
+
+
+class Ids:
+    """A tokenizer of bare numbers, for networks that have no text."""
+
+    unk_token_id = None
+    chat_template = None
+
+    def __init__(self, mask: int, eos: int, pad: int) -> None:
+        self.mask_token_id, self.eos_token_id, self.pad_token_id = mask, eos, pad
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        """Write the numbers."""
+        return " ".join(map(str, ids))
+
+
+def golden_policy() -> Policy:
+    """Return the golden network as a policy."""
+    return Policy(golden_network(), Ids(mask=126, eos=120, pad=120))  # type: ignore[arg-type]
+
+
+def small_policy(seed: int = 0) -> Policy:
+    """Return a policy with random weights and the tiny tokenizer."""
+    config = LLaDAConfig(32, 2, 2, 2, 48, vocab_size=29, embedding_size=32, rope_theta=100.0)
+    return Policy(LLaDA(config, seed=seed), tiny_tokenizer())
+
+
+def open_prompts(ids: Tensor, length: int, mask: Tensor | None = None) -> Prompts:
+    """Return prompts with free completions of `length` tokens."""
+    n = len(ids)
+    return Prompts(
+        ids=ids,
+        mask=torch.ones_like(ids, dtype=torch.bool) if mask is None else mask,
+        template=torch.zeros(n, length, dtype=torch.long),
+        given=torch.zeros(n, length, dtype=torch.bool),
+        group=torch.arange(n),
+        examples=({},) * n,
+    )

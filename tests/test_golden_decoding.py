@@ -1,0 +1,64 @@
+"""Decodings against the authors' and LLaDA's decoders, token by token, at temperature 0."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from spg.decoding import Decoder, transfer_counts
+from tests.helpers import GOLDEN, golden, golden_policy, open_prompts
+
+CASES = sorted(path.name for path in (GOLDEN / "decoding").glob("*.npz"))
+SAMPLED = [name for name in CASES if "_T0.9" in name or "random" in name]
+MASK_IN_PROMPT = "spgeval_prompt_contains_mask_g16_s8_b8.npz"
+POLICY = golden_policy()
+
+
+def decoder_of(args: dict, stop_at_eos: bool = False) -> Decoder:
+    return Decoder(args["gen_length"], args["block_length"], args["steps"], stop_at_eos=stop_at_eos)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in [*SAMPLED, MASK_IN_PROMPT]])
+def test_identical_tokens_and_steps(name: str) -> None:
+    z, args = golden(f"decoding/{name}")
+    prompt, length = z["prompt"], args["gen_length"]
+    rollout = decoder_of(args)(POLICY, open_prompts(prompt, length))
+    assert torch.equal(rollout.completion_ids, z["output"][:, prompt.shape[1] :])
+    for call, seen in enumerate(z["inputs_per_call"]):
+        open_yet = rollout.commit_step >= call
+        rebuilt = rollout.completion_ids.masked_fill(open_yet, POLICY.mask_id)
+        assert torch.equal(rebuilt, seen[:, prompt.shape[1] :])
+
+
+def test_a_mask_in_the_prompt_is_left_alone() -> None:
+    """The reference decodes it and spends a step on it; ours never writes into a prompt."""
+    z, args = golden(f"decoding/{MASK_IN_PROMPT}")
+    prompt = z["prompt"]
+    rollout = decoder_of(args)(POLICY, open_prompts(prompt, args["gen_length"]))
+    touched = (prompt == POLICY.mask_id).any(-1)
+    assert torch.equal(rollout.prompt_ids, prompt)
+    assert torch.equal(rollout.completion_ids[~touched], z["output"][~touched, prompt.shape[1] :])
+    assert (z["output"][touched, : prompt.shape[1]] != prompt[touched]).any()
+    assert not (rollout.completion_ids == POLICY.mask_id).any()
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_sampled_cases_differ_by_their_generator_only(name: str) -> None:
+    """Seeded draws depend on the generator's order of use; ours repeats itself and fills every hole."""
+    z, args = golden(f"decoding/{name}")
+    length = args["gen_length"]
+    remasking, temperature = args["remasking"], args["temperature"]
+    decoder = Decoder(length, args["block_length"], args["steps"], temperature, remasking, False)
+    first, second = (
+        decoder(POLICY, open_prompts(z["prompt"], length), torch.tensor([5, 6, 7])) for _ in range(2)
+    )
+    assert torch.equal(first.completion_ids, second.completion_ids)
+    assert (first.commit_step >= 0).all()
+
+
+def test_rounding_of_tokens_to_steps() -> None:
+    for row in json.loads((GOLDEN / "decoding" / "num_transfer_tokens.json").read_text()):
+        ours = transfer_counts(torch.tensor(row["mask_counts"]), row["steps"])
+        assert ours.tolist() == row["spg_eval"] == row["llada"]
