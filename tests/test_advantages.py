@@ -1,0 +1,48 @@
+"""Advantages in closed form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spg.advantages import GroupMean, LeaveOneOut, Normalized, Shifted
+
+REWARDS = torch.tensor([[1.0, 0.0, 0.5, 0.5], [0.2, 0.2, 0.2, 0.2], [3.0, 1.0, 2.0, 6.0]])
+
+
+def test_group_mean() -> None:
+    advantages = GroupMean()(REWARDS)
+    assert torch.allclose(advantages[0], torch.tensor([0.5, -0.5, 0.0, 0.0]))
+    assert torch.equal(advantages[1], torch.zeros(4)), "equal rewards teach nothing"
+    assert torch.allclose(advantages.sum(-1), torch.zeros(3), atol=1e-6)
+
+
+def test_leave_one_out_is_the_mean_of_the_others() -> None:
+    advantages = LeaveOneOut()(REWARDS)
+    for row, result in zip(REWARDS, advantages, strict=True):
+        for i in range(4):
+            others = torch.cat([row[:i], row[i + 1 :]]).mean()
+            assert float(result[i]) == pytest.approx(float(row[i] - others), abs=1e-6)
+    assert torch.allclose(advantages, GroupMean()(REWARDS) * 4 / 3)
+    with pytest.raises(ValueError, match="group_size=1"):
+        LeaveOneOut()(torch.ones(3, 1))
+
+
+def test_normalized_has_unit_spread() -> None:
+    advantages = Normalized(eps=1e-8)(REWARDS)
+    assert torch.allclose(advantages[[0, 2]].std(-1), torch.ones(2), atol=1e-5)
+    assert torch.equal(advantages[1], torch.zeros(4))
+    with pytest.raises(ValueError, match="eps=0"):
+        Normalized(eps=0)
+
+
+def test_shifted_by_the_minimum_of_the_batch() -> None:
+    advantages = Shifted(GroupMean())(REWARDS)
+    assert float(advantages.min()) == 0.0
+    assert torch.allclose(advantages - GroupMean()(REWARDS), torch.full((3, 4), 2.0))
+
+
+@pytest.mark.parametrize("advantage", [GroupMean(), LeaveOneOut(), Normalized()])
+def test_groups_know_nothing_of_each_other(advantage) -> None:
+    alone = torch.cat([advantage(row.unsqueeze(0)) for row in REWARDS])
+    assert torch.allclose(alone, advantage(REWARDS))
