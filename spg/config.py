@@ -70,23 +70,34 @@ def preflight(primary: str, argv: list[str]) -> bool:
         return True
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name=primary):
         overrides = _parse(args.overrides)
-        known = _compose(primary, [])
-        for override in overrides:
-            _check_group(override)
+        _check_names(primary, overrides)
         for lines in _one_at_a_time(overrides, args.multirun):
-            check(_compose(primary, lines, overrides, known))
+            check(_compose(primary, lines))
     return True
 
 
 def compose(primary: str, overrides: list[str]) -> DictConfig:
     """Compose and check a configuration; raises ConfigError."""
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name=primary):
-        parsed = _parse(overrides)
-        for override in parsed:
-            _check_group(override)
-        cfg = _compose(primary, overrides, parsed, _compose(primary, []))
+        _check_names(primary, _parse(overrides))
+        cfg = _compose(primary, overrides)
     check(cfg)
     return cfg
+
+
+def _check_names(primary: str, overrides: list[Override]) -> None:
+    """Raise ConfigError where a group, an option or a key does not exist."""
+    for override in overrides:
+        _check_group(override)
+    chosen = [o.input_line or "" for o in overrides if _is_group(o) and not o.is_sweep_override()]
+    known = _compose(primary, chosen)
+    for override in overrides:
+        _check_key(override, known)
+
+
+def _is_group(override: Override) -> bool:
+    options = GlobalHydra.instance().config_loader().get_group_options(override.key_or_group)
+    return bool(options) and not override.is_delete()
 
 
 def _parse(lines: list[str]) -> list[Override]:
@@ -118,24 +129,22 @@ def _one_at_a_time(overrides: list[Override], multirun: bool) -> Iterator[list[s
 
 
 def _nearest(given: str, allowed: list[str]) -> str | None:
-    """Return the allowed name that a mistyped one most likely meant, or None."""
-    last = given.rpartition(".")[2]
-    same_end = [name for name in allowed if name.rpartition(".")[2] == last]
+    """Return the allowed names that a mistyped one most likely meant, or None."""
     close = difflib.get_close_matches(given, allowed, n=1, cutoff=0.6)
+    if close:
+        return close[0]
     ends = [name.rpartition(".")[2] for name in allowed]
-    close_end = difflib.get_close_matches(last, ends, n=1, cutoff=0.6)
-    if same_end or close:
-        return (same_end or close)[0]
-    return next((name for name in allowed if close_end and name.rpartition(".")[2] == close_end[0]), None)
+    close_ends = difflib.get_close_matches(given.rpartition(".")[2], ends, n=1, cutoff=0.6)
+    found = [name for name, end in zip(allowed, ends, strict=True) if end in close_ends]
+    return " or ".join(found) or None
 
 
 def _check_group(override: Override) -> None:
     """Raise ConfigError where an override chooses an option that its group does not have."""
     group = override.key_or_group
-    loader = GlobalHydra.instance().config_loader()
-    options = sorted(loader.get_group_options(group))
-    if not options or override.is_delete() or group.startswith("hydra"):
+    if not _is_group(override) or group.startswith("hydra"):
         return
+    options = sorted(GlobalHydra.instance().config_loader().get_group_options(group))
     chosen = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
     for value in chosen:
         if value is not None and str(value) not in options:
@@ -147,23 +156,21 @@ def _check_group(override: Override) -> None:
             )
 
 
-def _compose(
-    primary: str, lines: list[str], overrides: list[Override] | None = None, known: DictConfig | None = None
-) -> DictConfig:
+def _compose(primary: str, lines: list[str]) -> DictConfig:
     try:
-        return hydra.compose(primary, lines, return_hydra_config=False)
+        return hydra.compose(primary, lines)
     except (HydraException, OmegaConfBaseException) as error:
-        for override in overrides or []:
-            _check_key(override, known)
         raise ConfigError(" ".join(str(error).split())) from error
 
 
-def _check_key(override: Override, known: DictConfig | None) -> None:
-    """Raise ConfigError where an override sets a key that the configuration does not have."""
+def _check_key(override: Override, known: DictConfig) -> None:
+    """Raise ConfigError where an override sets a key that no part reads, or removes one."""
     key = override.key_or_group
-    if known is None or key.startswith("hydra.") or key == "hydra" or is_known(known, key):
+    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         return
-    if GlobalHydra.instance().config_loader().get_group_options(key):
+    if override.is_delete():
+        raise ConfigError(f"{override.input_line}: {key!r} can't be removed; set it to another value")
+    if is_known(known, key) or GlobalHydra.instance().config_loader().get_group_options(key):
         return
     allowed = [*keys(known), *groups()]
     guess = _nearest(key, allowed)

@@ -18,7 +18,7 @@ from spg.types import MaskedSamples, Rollout
 
 
 def uniform(*shape: int, like: Tensor, generator: Generator) -> Tensor:
-    """Draw float32 numbers in [0, 1) of `shape` on the generator's device, moved to `like`'s."""
+    """Draw float32 numbers [*shape], from 0 to below 1, on the generator's device; moved to `like`'s."""
     return torch.rand(*shape, generator=generator, device=generator.device).to(like.device)
 
 

@@ -191,7 +191,7 @@ def describe(result: Evaluation) -> str:
 def card(cfg: DictConfig, policy: Policy, result: Evaluation, seconds: float, name: str) -> str:
     """Return a model card: what the weights are, the command, the data, the figures."""
     parameters = sum(p.numel() for p in policy.network.parameters())
-    arguments = [a for a in sys.argv[1:] if not a.startswith(("output=", "run="))]
+    arguments = [a for a in sys.argv[1:] if not a.startswith(("output=", "hydra."))]
     command = shlex.join(["python", "-m", "spg.pretrain", *arguments])
     settings = json.dumps(combination(cfg), indent=2, sort_keys=True)
     figures = "\n".join(

@@ -1,0 +1,73 @@
+"""Imports point downwards: a module imports from floors below its own only."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from tests.helpers import ROOT
+
+FLOORS = [
+    {"types", "limits", "seeding", "console"},
+    {"masking", "estimators", "advantages", "objectives", "objectives.spg"},
+    {"models", "models.network", "models.tokenizer", "models.llada", "tasks", "tasks.base", "tasks.sudoku"},
+    {"weights", "policy"},
+    {"decoding"},
+    {"collect", "data", "loggers"},
+    {"figures", "module", "config"},
+    {"callbacks", "pretraining", "usage"},
+    {"training", "scoring"},
+    {"train", "pretrain", "evaluate"},
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+# a package and its own files share a floor; so may a file and the base it builds on
+WITHIN = {("objectives.spg", "estimators"), ("models.llada", "models.network"), ("tasks.sudoku", "tasks.base")}
+# help is shown by the function that reads the command line, and imported only then
+LATE = {("config", "usage")}
+
+
+def imports(path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom) and node.module == "spg":
+            names = [f"spg.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.removeprefix("spg.") for name in names if name.startswith("spg.")}
+    return found - {"__version__"}
+
+
+FILES = sorted(p for p in (ROOT / "spg").rglob("*.py") if p.name != "__init__.py" or p.parent.name == "objectives")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downwards(path) -> None:
+    name = ".".join(path.relative_to(ROOT / "spg").with_suffix("").parts).removesuffix(".__init__")
+    for other in imports(path):
+        if (name, other) in WITHIN | LATE:
+            continue
+        assert FLOOR[other] < FLOOR[name], f"{name} imports {other} from its own floor or above"
+
+
+@pytest.mark.parametrize("floor", [0, 1])
+def test_the_maths_knows_torch_and_its_own_floor_only(floor: int) -> None:
+    allowed = {"__future__", "abc", "collections", "dataclasses", "hashlib", "math", "typing", "torch", "spg"}
+    for name in FLOORS[floor] - {"console"}:
+        path = ROOT / "spg" / (name.replace(".", "/") + ("/__init__.py" if name == "objectives" else ".py"))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] in allowed
+
+
+def test_limits_and_configuration_import_no_torch() -> None:
+    for name in ("limits", "config", "usage", "train", "pretrain", "evaluate"):
+        tree = ast.parse((ROOT / "spg" / f"{name}.py").read_text())
+        for node in tree.body:
+            if isinstance(node, ast.Import):
+                assert not {a.name.split(".")[0] for a in node.names} & {"torch", "lightning", "transformers"}
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] not in {"torch", "lightning", "transformers"}
