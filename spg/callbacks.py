@@ -126,7 +126,8 @@ class Samples(_Every):
             for i in indices
         ]
         for _, text, reward, advantage in rows:
-            log.info("    sample  %s  reward %.2f  advantage %+.2f", text, reward, advantage)
+            shown = " / ".join(text.split("\n")).rstrip(" /")
+            log.info("    sample  %s  reward %.2f  advantage %+.2f", shown, reward, advantage)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 columns = ["prompt", "completion", "reward", "advantage"]

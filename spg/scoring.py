@@ -38,7 +38,7 @@ def evaluate_models(cfg: DictConfig, folder: Path) -> dict[str, dict[str, float]
         policy.to("cuda")
     examples = task.examples(cfg.split)
     table = Table(title=f"{task.name}, split {cfg.split}, n = {len(examples)} (95% bootstrap interval)")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     results: dict[str, dict[str, float]] = {}
     intervals: dict[str, dict[str, tuple[float, float]]] = {}
     for name in models(cfg, policy.network):
@@ -51,7 +51,7 @@ def evaluate_models(cfg: DictConfig, folder: Path) -> dict[str, dict[str, float]
         cells = []
         for measure, mean in results[name].items():
             low, high = intervals[name][measure]
-            cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f})")
+            cells.append(f"{mean:.3f}\n({low:.3f} to {high:.3f})")
         table.add_row(name, *cells)
     console.print(table)
     path = folder / "evaluation.json"

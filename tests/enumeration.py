@@ -33,7 +33,9 @@ class Toy:
         return (self.alphas[:-1] - self.alphas[1:]) / (1 - self.alphas[1:])
 
 
-def make_toy(n: int, symbols: int, steps: int, seed: int, order_free: bool = False, sharp: float = 1.5) -> Toy:
+def make_toy(
+    n: int, symbols: int, steps: int, seed: int, order_free: bool = False, sharp: float = 1.5
+) -> Toy:
     """Return a toy with random schedule and table; `order_free`: one distribution a position."""
     rng = np.random.default_rng(seed)
     inner = np.sort(rng.uniform(0.05, 0.95, steps - 1))[::-1]
@@ -104,9 +106,7 @@ def eubo(toy: Toy, x: State, beta: float) -> float:
     """Return the discrete-time EUBO of Theorem 1, without its constant."""
     total = 0.0
     for i in range(toy.n):
-        inside = sum(
-            q * w * toy.table[z][i, x[i]] ** beta for q, w, z in token_terms(toy, x) if z[i] == MASK
-        )
+        inside = sum(q * w * toy.table[z][i, x[i]] ** beta for q, w, z in token_terms(toy, x) if z[i] == MASK)
         total += np.log(inside) / beta
     return total
 

@@ -61,7 +61,11 @@ def test_planted_errors_are_noticed() -> None:
         """Theorem 1 with the weight left out of the lower side's sign: a weight counted twice."""
         return sum(
             np.log(
-                sum(q * w * w * toy.table[z][i, x[i]] ** beta for q, w, z in exact.token_terms(toy, x) if z[i] < 0)
+                sum(
+                    q * w * w * toy.table[z][i, x[i]] ** beta
+                    for q, w, z in exact.token_terms(toy, x)
+                    if z[i] < 0
+                )
             )
             / beta
             for i in range(toy.n)
@@ -221,7 +225,9 @@ def test_repeated_draws_change_nothing() -> None:
     def twice(x: Tensor) -> Tensor:
         return torch.cat([x, x], dim=1)
 
-    doubled = MaskedSamples(twice(samples.tokens), twice(samples.scored), twice(samples.weight), samples.region)
+    doubled = MaskedSamples(
+        twice(samples.tokens), twice(samples.scored), twice(samples.weight), samples.region
+    )
     estimators: list[LikelihoodEstimator] = [ELBO(), EUBO(2.0), Mixture(1.5, 0.4), Loose(1.5)]
     for estimator in estimators:
         assert torch.allclose(estimator(logps, samples), estimator(twice(logps), doubled))
@@ -248,7 +254,7 @@ def test_proposition_1_variance_is_a_quadratic_with_the_stated_minimiser() -> No
         toy = exact.make_toy(3, 2, 4, seed)
         logps, samples = enumerated(toy, (0, 1, 0))
         upper, lower = (
-            torch.autograd.functional.jacobian(lambda leaf, e=e: e(leaf, samples).sum((0, 1)), logps)[0]
+            torch.autograd.functional.jacobian(lambda leaf, e=e, s=samples: e(leaf, s).sum((0, 1)), logps)[0]
             for e in (EUBO(beta, "elbo_weight"), ELBO("elbo_weight"))
         )
         terms = [(q, w, z) for q, w, z in exact.token_terms(toy, (0, 1, 0)) if q > 0]

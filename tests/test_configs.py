@@ -75,7 +75,10 @@ def test_every_number_and_choice_has_a_limit() -> None:
 
 
 MISTAKES = [
-    ("estimator=mixtrue", ["mixtrue", "allowed: elbo, eubo, loose, mixture, zero", "nearest: estimator=mixture"]),
+    (
+        "estimator=mixtrue",
+        ["mixtrue", "allowed: elbo, eubo, loose, mixture, zero", "nearest: estimator=mixture"],
+    ),
     ("estimator@positive=elb", ["nearest: estimator@positive=elbo"]),
     ("task.fromat=template", ["'task.fromat'", "allowed here: task.format", "nearest: task.format"]),
     ("max_updates=3", ["nearest: trainer.max_updates"]),

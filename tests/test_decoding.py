@@ -87,7 +87,12 @@ def with_template(given: list[bool], token: int = 9) -> Prompts:
     prompts = open_prompts(torch.full((3, 2), 5), len(given))
     mask = torch.tensor(given).expand(3, -1)
     return Prompts(
-        prompts.ids, prompts.mask, torch.full_like(mask, token, dtype=torch.long), mask, prompts.group, ({},) * 3
+        prompts.ids,
+        prompts.mask,
+        torch.full_like(mask, token, dtype=torch.long),
+        mask,
+        prompts.group,
+        ({},) * 3,
     )
 
 

@@ -22,7 +22,11 @@ FLOORS = [
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # a package and its own files share a floor; so may a file and the base it builds on
-WITHIN = {("objectives.spg", "estimators"), ("models.llada", "models.network"), ("tasks.sudoku", "tasks.base")}
+WITHIN = {
+    ("objectives.spg", "estimators"),
+    ("models.llada", "models.network"),
+    ("tasks.sudoku", "tasks.base"),
+}
 # help is shown by the function that reads the command line, and imported only then
 LATE = {("config", "usage")}
 
@@ -39,7 +43,9 @@ def imports(path) -> set[str]:
     return found - {"__version__"}
 
 
-FILES = sorted(p for p in (ROOT / "spg").rglob("*.py") if p.name != "__init__.py" or p.parent.name == "objectives")
+FILES = sorted(
+    p for p in (ROOT / "spg").rglob("*.py") if p.name != "__init__.py" or p.parent.name == "objectives"
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

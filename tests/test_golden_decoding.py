@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,17 @@ MASK_IN_PROMPT = "spgeval_prompt_contains_mask_g16_s8_b8.npz"
 POLICY = golden_policy()
 
 
-def decoder_of(args: dict, stop_at_eos: bool = False) -> Decoder:
-    return Decoder(args["gen_length"], args["block_length"], args["steps"], stop_at_eos=stop_at_eos)
+def decoder_of(args: dict[str, Any]) -> Decoder:
+    length, size, steps = args["gen_length"], args["block_length"], args["steps"]
+    return Decoder(length, size, steps, args["temperature"], args["remasking"], stop_at_eos=False)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in [*SAMPLED, MASK_IN_PROMPT]])
 def test_identical_tokens_and_steps(name: str) -> None:
+    """What the reference's model saw in each call is ours with the tokens of later steps masked.
+
+    The left-padded cases come from code that ignores the attention mask: here all is real.
+    """
     z, args = golden(f"decoding/{name}")
     prompt, length = z["prompt"], args["gen_length"]
     rollout = decoder_of(args)(POLICY, open_prompts(prompt, length))
@@ -29,16 +35,18 @@ def test_identical_tokens_and_steps(name: str) -> None:
     for call, seen in enumerate(z["inputs_per_call"]):
         open_yet = rollout.commit_step >= call
         rebuilt = rollout.completion_ids.masked_fill(open_yet, POLICY.mask_id)
-        assert torch.equal(rebuilt, seen[:, prompt.shape[1] :])
+        assert torch.equal(torch.cat([prompt, rebuilt], -1), seen)
+    assert int(rollout.commit_step.max()) < len(z["inputs_per_call"])
 
 
 def test_a_mask_in_the_prompt_is_left_alone() -> None:
-    """The reference decodes it and spends a step on it; ours never writes into a prompt."""
+    """The reference decodes it, which changes that row's completion; ours never writes into a prompt."""
     z, args = golden(f"decoding/{MASK_IN_PROMPT}")
     prompt = z["prompt"]
     rollout = decoder_of(args)(POLICY, open_prompts(prompt, args["gen_length"]))
     touched = (prompt == POLICY.mask_id).any(-1)
     assert torch.equal(rollout.prompt_ids, prompt)
+    assert touched.tolist() == [True, False, False]
     assert torch.equal(rollout.completion_ids[~touched], z["output"][~touched, prompt.shape[1] :])
     assert (z["output"][touched, : prompt.shape[1]] != prompt[touched]).any()
     assert not (rollout.completion_ids == POLICY.mask_id).any()
@@ -48,14 +56,13 @@ def test_a_mask_in_the_prompt_is_left_alone() -> None:
 def test_sampled_cases_differ_by_their_generator_only(name: str) -> None:
     """Seeded draws depend on the generator's order of use; ours repeats itself and fills every hole."""
     z, args = golden(f"decoding/{name}")
-    length = args["gen_length"]
-    remasking, temperature = args["remasking"], args["temperature"]
-    decoder = Decoder(length, args["block_length"], args["steps"], temperature, remasking, False)
-    first, second = (
-        decoder(POLICY, open_prompts(z["prompt"], length), torch.tensor([5, 6, 7])) for _ in range(2)
-    )
+    prompts = open_prompts(z["prompt"], args["gen_length"])
+    first, second = (decoder_of(args)(POLICY, prompts, torch.tensor([5, 6, 7])) for _ in range(2))
     assert torch.equal(first.completion_ids, second.completion_ids)
     assert (first.commit_step >= 0).all()
+    assert not (first.completion_ids == POLICY.mask_id).any()
+    counts = first.commit_step.flatten().bincount()
+    assert torch.equal(counts, torch.full((args["steps"],), 3 * args["gen_length"] // args["steps"]))
 
 
 def test_rounding_of_tokens_to_steps() -> None:

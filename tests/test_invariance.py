@@ -22,7 +22,9 @@ from tests.helpers import experience_of, small_policy
 MASK = 2
 
 
-def batch(seed: int, groups: int = 3, size: int = 2, t: int = 8, num_mc: int = 3) -> tuple[Experience, MaskedSamples]:
+def batch(
+    seed: int, groups: int = 3, size: int = 2, t: int = 8, num_mc: int = 3
+) -> tuple[Experience, MaskedSamples]:
     g = torch.Generator().manual_seed(seed)
     b = groups * size
     ends = torch.randint(1, t + 1, (b, 1), generator=g)
@@ -41,7 +43,9 @@ def batch(seed: int, groups: int = 3, size: int = 2, t: int = 8, num_mc: int = 3
     return experience, samples
 
 
-def value_and_gradient(loss_norm: str, logps: Tensor, s: MaskedSamples, e: Experience) -> tuple[Tensor, Tensor]:
+def value_and_gradient(
+    loss_norm: str, logps: Tensor, s: MaskedSamples, e: Experience
+) -> tuple[Tensor, Tensor]:
     leaf = logps.clone().requires_grad_()
     loss, _ = SPG(Sandwich(ELBO(), Mixture(1.5, 0.5)), loss_norm)(leaf, s, e)
     loss.backward()
@@ -167,6 +171,8 @@ def test_sequences_without_advantage_are_not_computed_but_counted() -> None:
     assert seen == [4 * 3]
     rollout = experience.rollout
     mask = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.given)], -1)
-    every = [original(samples.tokens[:, m], mask, rollout.completion_ids, samples.scored[:, m]) for m in range(3)]
+    every = [
+        original(samples.tokens[:, m], mask, rollout.completion_ids, samples.scored[:, m]) for m in range(3)
+    ]
     expected, _ = module.objective(torch.stack(every, 1), samples, experience)
     assert float(loss) == pytest.approx(float(expected), abs=1e-6)

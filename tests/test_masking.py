@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spg.estimators import ELBO, Mixture, Sandwich
 from spg.masking import BlockAll, BlockRandom, Full, MaskingStrategy, Random
-from spg.types import MaskedSamples, Rollout
+from spg.objectives.spg import SPG
+from spg.types import Experience, MaskedSamples, Rollout
 from tests.helpers import GOLDEN, rollout_of
 
 REFERENCE = json.loads((GOLDEN / "spg_loss" / "forward_process_distribution.json").read_text())
@@ -28,59 +31,95 @@ def strategy_of(args: dict[str, Any], **more: Any) -> MaskingStrategy:
     return made[args["forward_type"]](**blocks, **common)
 
 
+def fixed() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
 def repeated(length: int, total: int, prompt: int) -> Rollout:
     """Return DRAWS equal completions of `length` tokens in `total` positions."""
     holes = (torch.arange(total) < length).expand(DRAWS, total)
     return rollout_of(holes, prompt_mask=torch.ones(DRAWS, prompt, dtype=torch.bool))
 
 
-def close(frequency: float, expected: float, draws: float) -> bool:
-    """Return whether two frequencies of about as many draws agree, to five standard errors."""
-    spread = max(expected * (1 - expected), 1e-4) * (1 / draws + 1 / DRAWS)
-    return abs(frequency - expected) <= 5 * spread**0.5
+def close(ours: float, expected: float, draws: float, mine: float = DRAWS) -> bool:
+    """Return whether two frequencies, of `mine` and `draws` trials, agree to five standard errors."""
+    variance = max(expected * (1 - expected), 1e-4)
+    return abs(ours - expected) <= 5 * (variance * (1 / draws + 1 / mine)) ** 0.5
 
 
+def same_distribution(values: Tensor, expected: dict[str, float], draws: float) -> bool:
+    """Return whether whole numbers [N] occur as often as {number: frequency} says, and no others."""
+    seen = {str(v): float((values == v).float().mean()) for v in values.unique().tolist()}
+    names = seen.keys() | expected.keys()
+    return all(close(seen.get(n, 0), expected.get(n, 0), draws, len(values)) for n in names)
+
+
+@pytest.mark.parametrize("row", range(5))
 @pytest.mark.parametrize("setting", list(REFERENCE))
-def test_frequencies_are_those_of_the_reference(setting: str) -> None:
+def test_frequencies_are_those_of_the_reference(setting: str, row: int) -> None:
     reference = REFERENCE[setting]
-    args = reference["args"]
+    args, expected = reference["args"], reference["rows"][row]
     prompt, total, size = reference["prompt_len"], reference["completion_len"], args["block_length"]
+    length, draws = expected["length"], expected["n_draws"]
+    inside = torch.arange(total) < length
+    rollout = repeated(length, total, prompt)
+    samples = strategy_of(args)(rollout, MASK, torch.Generator().manual_seed(1))
+    masked = (samples.tokens == MASK)[:, :, prompt:]
+    assert torch.equal(samples.scored, masked & inside)
+    assert same_distribution(samples.scored.sum(-1).flatten(), expected["n_masked_before_eos"], draws)
+    fraction = float((samples.tokens[:, :, :prompt] == MASK).float().mean())
+    assert close(fraction, expected["prompt_mask_fraction"], draws * prompt)
+    if length < total:
+        assert masked[:, :, length:].float().mean() == expected["after_eos_mask_fraction"] == 1
+    if "block" not in args["forward_type"]:
+        return
+    # the same draws without noise in the clean blocks: the picked one is the first with a mask
+    clean = strategy_of(args, prompt_mask_prob=0.0)
+    plain = clean(rollout, MASK, torch.Generator().manual_seed(1)).scored
+    assert not (plain & ~samples.scored).any()
     block = torch.arange(total) // size
-    for row in reference["rows"]:
-        length, draws = row["length"], row["n_draws"]
-        samples = strategy_of(args)(repeated(length, total, prompt), MASK, torch.Generator().manual_seed(1))
-        masked = (samples.tokens == MASK)[:, :, prompt:]
-        counts = samples.scored.sum(-1)
-        for number, frequency in row["n_masked_before_eos"].items():
-            ours = float((counts == int(number)).float().mean())
-            assert close(ours, frequency, draws), (setting, length, number, ours, frequency)
-        fraction = float((samples.tokens[:, :, :prompt] == MASK).float().mean())
-        assert close(fraction, row["prompt_mask_fraction"], draws * prompt)
-        if length < total:
-            assert bool(masked[:, :, length:].all())
-        assert torch.equal(samples.scored, masked & (torch.arange(total) < length))
-        if "block" not in args["forward_type"]:
-            continue
-        # without noise in clean blocks the picked one is the first that holds a mask
-        clean = strategy_of(args, prompt_mask_prob=0.0)
-        plain = clean(repeated(length, total, prompt), MASK, torch.Generator().manual_seed(2))
-        first = plain.scored.float().argmax(-1)
-        picked = block[first]
-        for m, frequencies in enumerate(row["block_freq_per_t"]):
-            for number, frequency in frequencies.items():
-                ours = float((picked[:, m] == int(number)).float().mean())
-                assert close(ours, frequency, draws)
-        for pair, frequency in (row.get("block_pair_freq") or {}).items():
-            a, b = json.loads(pair)
-            ours = float(((picked[:, 0] == a) & (picked[:, 1] == b)).float().mean())
-            assert close(ours, frequency, draws)
-        for width, numbers in row["n_masked_in_chosen_block"].items():
-            inside = (block == picked.unsqueeze(-1)) & (torch.arange(total) < length)
-            here = inside.sum(-1) == int(width)
-            masked_here = (plain.scored & inside).sum(-1)[here]
-            for number, frequency in numbers.items():
-                ours = float((masked_here == int(number)).float().mean())
-                assert close(ours, frequency, max(1, int(here.sum()) * draws / DRAWS))
+    picked = block[plain.float().argmax(-1)]
+    for m, frequencies in enumerate(expected["block_freq_per_t"]):
+        assert same_distribution(picked[:, m], frequencies, draws)
+    if args["num_t"] == 2:
+        by_pair = expected["block_pair_freq"]  # "[3, 0]": frequency
+        pairs = {str(int(pair[1] + pair[4])): frequency for pair, frequency in by_pair.items()}
+        assert same_distribution(10 * picked[:, 0] + picked[:, 1], pairs, draws)
+    here = inside & (block == picked.unsqueeze(-1))
+    widths, counts = here.sum(-1), (samples.scored & here).sum(-1)
+    for width, frequencies in expected["n_masked_in_chosen_block"].items():
+        values = counts[widths == int(width)]
+        assert same_distribution(values, frequencies, len(values) * draws / DRAWS)
+    parts = {
+        "in_block": here,
+        "earlier": inside & (block < picked.unsqueeze(-1)),
+        "later": inside & (block > picked.unsqueeze(-1)),
+    }
+    scored = int(samples.scored.sum())
+    for name, share in expected["loss_tokens_share"].items():
+        # tokens of a sequence are scored together: far fewer independent trials than tokens
+        assert close(int((samples.scored & parts[name]).sum()) / scored, share, draws)
+    for name, key in (
+        ("earlier", "earlier_block_mask_fraction"),
+        ("later", "later_block_mask_fraction_before_eos"),
+    ):
+        assert (expected[key] is None) == (not parts[name].any())
+        if expected[key] is not None:
+            tokens = int(parts[name].sum())
+            assert close(
+                float(samples.scored[parts[name]].float().mean()),
+                expected[key],
+                tokens * draws / DRAWS,
+                tokens,
+            )
+
+
+def test_every_position_of_the_picked_block_is_masked_alike() -> None:
+    samples = BlockRandom(4, 1, 0.0, scored_positions="block")(
+        repeated(16, 16, 2), MASK, torch.Generator().manual_seed(0)
+    )
+    frequency = samples.scored.float().mean((0, 1))
+    assert torch.allclose(frequency, torch.full((16,), 2.5 / 4 / 4), atol=0.015)
 
 
 def picked_blocks(strategy: MaskingStrategy, rollout: Rollout, size: int, seed: int = 0) -> Tensor:
@@ -106,20 +145,33 @@ def test_more_draws_than_blocks_go_round() -> None:
     released = picked_blocks(BlockAll(4, 8, 0.0), repeated(16, 16, 2), 4)
     for start in (0, 4):
         assert torch.equal(released[:, start : start + 4].sort(-1).values, torch.arange(4).expand(DRAWS, 4))
-    assert (released[:, :4] != released[:, 4:]).any(), "the second round is a permutation of its own"
+    for rounds, size in ((picked, 3), (released, 4)):
+        repeats = (rounds[:, :size] == rounds[:, size : 2 * size]).all(-1).float().mean()
+        assert float(repeats) == pytest.approx(1 / math.factorial(size), abs=0.01), "each round is fresh"
+
+
+def test_released_rounds_where_the_completion_ends_early() -> None:
+    """Four blocks, three of them eligible: block 0 stands for the fourth in every round."""
+    picked = picked_blocks(BlockAll(4, 8, 0.0), repeated(12, 16, 2), 4)
+    for start in (0, 4):
+        one_round = picked[:, start : start + 4].sort(-1).values
+        assert torch.equal(one_round, torch.tensor([0, 0, 1, 2]).expand(DRAWS, 4))
+    assert (picked[:, :4] != picked[:, 4:]).any()
 
 
 def test_scored_positions_of_the_picked_block_only() -> None:
     rollout = repeated(16, 16, 2)
-    samples = BlockRandom(4, 2, 0.15, scored_positions="block")(rollout, MASK, torch.Generator())
+    samples = BlockRandom(4, 2, 0.15, scored_positions="block")(rollout, MASK, fixed())
     blocks = torch.arange(16) // 4
-    spans = (samples.scored * (blocks + 1)).amax(-1) - samples.scored.float().argmax(-1) // 4 - 1
-    assert (spans == 0).all()
+    first, last = samples.scored.float().argmax(-1), 15 - samples.scored.flip(-1).float().argmax(-1)
+    assert torch.equal(blocks[first], blocks[last])
     assert (samples.scored.sum(-1) >= 1).all()
+    completion = (samples.tokens == MASK)[:, :, 2:]
+    assert (completion & (blocks > blocks[first].unsqueeze(-1))).sum() == 4 * (3 - blocks[first]).sum()
 
 
 def test_region_all_scores_what_follows_eos() -> None:
-    samples = Full(1, 0.0, region="all")(repeated(5, 16, 2), MASK, torch.Generator())
+    samples = Full(1, 0.0, region="all")(repeated(5, 16, 2), MASK, fixed())
     assert bool(samples.scored.all())
     assert int(samples.lengths[0]) == 16
 
@@ -138,11 +190,17 @@ def test_block_without_holes_is_never_picked() -> None:
 def test_sequence_without_holes_is_left_alone() -> None:
     holes = torch.zeros(2, 8, dtype=torch.bool)
     rollout = rollout_of(holes, given=~holes, completion_mask=~holes)
-    for strategy in (Full(2), Random(2), BlockRandom(4, 2), BlockAll(4, 2)):
-        samples = strategy(rollout, MASK, torch.Generator())
+    experience = Experience(rollout, torch.ones(2), {}, torch.tensor([1.0, -1.0]))
+    for strategy in (Full(2), Random(2), BlockRandom(4, 2), BlockAll(4, 2, block_choice="uniform")):
+        samples = strategy(rollout, MASK, fixed())
         assert not samples.scored.any()
-        assert torch.isfinite(samples.weight).all()
-        assert int(samples.weight.sum()) == 0
+        assert not samples.weight.any()
+        logps = torch.full((2, 2, 8), -1.0, requires_grad=True)
+        loss, _ = SPG(Sandwich(ELBO(), Mixture(1.5, 0.5)))(logps, samples, experience)
+        loss.backward()
+        assert loss.item() == 0
+        assert logps.grad is not None
+        assert not logps.grad.any(), "nor NaN"
 
 
 @st.composite
@@ -191,12 +249,16 @@ def test_what_always_holds(rollout: Rollout, strategy: MaskingStrategy, seed: in
     assert torch.equal(torch.where(masked, unmasked, samples.tokens), unmasked.expand_as(samples.tokens))
     has_holes = samples.region.any(-1)
     assert torch.equal(samples.scored.any(-1).all(-1), has_holes), "every draw scores something"
-    expected = samples.scored * samples.lengths[:, None, None] / samples.scored.sum(-1, keepdim=True).clamp_min(1)
-    assert torch.allclose(samples.weight, expected)
+    counts = samples.scored.sum(-1, keepdim=True).clamp_min(1)
+    assert torch.allclose(samples.weight, samples.scored * samples.lengths[:, None, None] / counts)
 
 
 def test_limits() -> None:
-    with pytest.raises(ValueError, match=r"prompt_mask_prob=1.5 is out of range; allowed: a number from 0 to 1"):
+    with pytest.raises(ValueError, match=r"prompt_mask_prob=1\.5 .* allowed: a number from 0 to 1"):
         Random(prompt_mask_prob=1.5)
+    with pytest.raises(ValueError, match=r"block_size=0 .* allowed: a whole number, 1 or more"):
+        BlockRandom(0)
+    with pytest.raises(ValueError, match=r"num_mc=2\.5 .* allowed: a whole number, 1 or more"):
+        Full(num_mc=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="block_choice='fair'"):
         BlockRandom(4, block_choice="fair")

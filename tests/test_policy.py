@@ -22,7 +22,12 @@ def test_every_character_and_tag_is_one_token() -> None:
 def test_vocabulary_is_what_the_tiny_model_is_built_for() -> None:
     tokenizer = tiny_tokenizer()
     assert len(tokenizer) == 29
-    special = {tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    special = {
+        tokenizer.mask_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.unk_token_id,
+    }
     assert len(special) == 4
 
 

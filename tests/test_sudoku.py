@@ -65,7 +65,9 @@ def test_clue_sets_with_one_solution_against_brute_force() -> None:
 
 def test_number_of_puzzles_with_4_to_12_empty_cells() -> None:
     """40,704 for a third of the grids, the class of the smallest, and more for the others."""
-    counts = {grid: sum(len(sudoku._clue_sets_by_empty(grid)[e]) for e in range(4, 13)) for grid in all_grids()}
+    counts = {
+        grid: sum(len(sudoku._clue_sets_by_empty(grid)[e]) for e in range(4, 13)) for grid in all_grids()
+    }
     assert counts[all_grids()[0]] == 40704
     assert sorted(set(counts.values()))[0] == 40704
     assert sum(counts.values()) == 13378944
@@ -118,7 +120,11 @@ def test_published_file_is_read_whole() -> None:
 
 @pytest.mark.parametrize(
     ("row", "words"),
-    [("123,456", "line 2"), (f"{'0' * 16},{'1' * 16}", "no 4x4 Sudoku"), (f"2{'0' * 15},{all_grids()[0]}", "line 2")],
+    [
+        ("123,456", "line 2"),
+        (f"{'0' * 16},{'1' * 16}", "no 4x4 Sudoku"),
+        (f"2{'0' * 15},{all_grids()[0]}", "line 2"),
+    ],
 )
 def test_bad_rows_are_named(tmp_path: Path, row: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):

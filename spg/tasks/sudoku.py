@@ -183,7 +183,8 @@ class Sudoku:
     """Fill a 4x4 grid so that each row, column and 2x2 box holds 1 to 4 once (paper, G.1).
 
     format: `template` gives the grid with its clues in place, four lines with a space between the
-    boxes (24 tokens where each character is one), only empty cells are decoded; `completion` asks for all 16 digits after the puzzle, as in the paper.
+    boxes (24 tokens where each character is one), and only empty cells are decoded; `completion`
+    asks for all 16 digits after the puzzle, as in the paper.
     reward: `cells` is the fraction of empty cells filled as in the solution (as published, blind to
     overwritten clues); `rules` is 0 if a clue was changed or the grid is not 16 digits, else the
     fraction of empty cells whose digit is in range and unlike every other in its row, column and

@@ -1,0 +1,69 @@
+"""The README's commands run as they are written, made short by overrides at their end."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spg import config
+from tests.helpers import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("python -m spg.")]
+MAKES = [line for block in BLOCKS for line in block.splitlines() if line.startswith("make ")]
+SHORT = {
+    "train": "trainer.max_updates=4 trainer.prompts_per_rollout=2 task.eval_size=8 trainer.eval_batch_size=8",
+    "pretrain": "pretrain.steps=2",
+    "evaluate": "task.eval_size=8",
+}
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 6
+    assert MAKES == ["make demo", "make test"]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPG_CACHE", str(tmp_path / "cache"))
+    _, _, module, *words = shlex.split(line)
+    if "--help" not in words:
+        words += [*SHORT[module.removeprefix("spg.")].split(), f"hydra.run.dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout
+
+
+@pytest.mark.parametrize(
+    "line", [*MAKES, "make help", "make lint", "make format", "make test-all", "make clean"]
+)
+def test_make_targets_exist(line: str) -> None:
+    done = subprocess.run([*line.split(), "-n"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_demo_is_the_command_of_the_readme() -> None:
+    demo = subprocess.run(["make", "demo", "-n"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert "-m spg.train task=sudoku estimator=mixture beta=1.5" in demo
+
+
+def test_every_group_and_option_is_in_the_map() -> None:
+    for group in config.groups():
+        (row,) = re.findall(rf"^\| `{group}` \| (.*?) \|", README, flags=re.MULTILINE)
+        for path in (config.CONF_DIR / group).glob("*.yaml"):
+            assert path.stem in row, f"{group}={path.stem}"
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    for name in re.findall(r"`((?:spg|conf|tests|docs)/[\w/.]+\.\w+)`", README) + re.findall(
+        r"\]\((docs/.*?)\)", README
+    ):
+        assert (ROOT / name).is_file(), name
