@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import WandbLogger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from spg.collect import Evaluation
 from spg.console import console
 from spg.module import Training
 
@@ -73,6 +74,24 @@ class Validation(_Every):
             "    -" if reward is None else f"{reward:.3f}",
             "  ".join(f"{name} {value:.3f}" for name, value in measures.items()),
         )
+
+
+class BeforeAndAfter(pl.Callback):
+    """Evaluates the test half before the first update and after the last."""
+
+    def __init__(self) -> None:
+        self.before: Evaluation | None = None
+        self.after: Evaluation | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Evaluate the base model."""
+        assert isinstance(module, Training)
+        self.before = module.evaluate("test")
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Evaluate the trained model."""
+        assert isinstance(module, Training)
+        self.after = module.evaluate("test")
 
 
 class Checkpoints(_Every):

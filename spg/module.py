@@ -203,13 +203,15 @@ class Training(pl.LightningModule):
         self.seconds["rollout"] += timing.rollout
         self.seconds["reward"] += timing.reward
         spread = experience.rewards.view(-1, self.group_size).std(-1)
-        ended = (experience.rollout.completion_ids == self.policy.eos_id).any(-1)
+        rollout = experience.rollout
+        # a template that ends in a given token is complete without EOS
+        ended = (rollout.completion_ids == self.policy.eos_id).any(-1) | rollout.given[:, -1]
         return {
             "reward": float(experience.rewards.mean()),
             "reward_std": float(spread.mean()),
             **{f"rewards/{name}/mean": float(p.mean()) for name, p in experience.reward_parts.items()},
             "frac_reward_zero_std": float((spread == 0).float().mean()),
-            "completions/mean_length": float(experience.rollout.completion_mask.sum(-1).float().mean()),
+            "completions/mean_length": float(rollout.lengths.float().mean()),
             "completions/clipped_ratio": float((~ended).float().mean()),
             "time/rollout": timing.rollout,
             "time/reward": timing.reward,

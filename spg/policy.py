@@ -35,6 +35,7 @@ class Policy(nn.Module):
         self.mask_id = self._token_id("mask_token_id")
         self.eos_id = self._token_id("eos_token_id")
         self.pad_id = self._token_id("pad_token_id")
+        self._never: Tensor | None = None
         # a group repeats its prompt, and templates repeat short texts
         self._encode_text = lru_cache(maxsize=4096)(self._encode)
 
@@ -151,15 +152,27 @@ class Policy(nn.Module):
 
         tokens [N L]; mask [N L] or None; the window has W of the L positions. At temperature 0 the
         likeliest token; above it a draw from softmax(logits / temperature) by inverse CDF in
-        float64, from noise [N W] uniform on [0, 1). [MASK] is never chosen. Returns ids [N W] and
+        float64, from noise [N W] uniform on [0, 1). [MASK], padding (unless it is EOS) and rows of the
+        head that belong to no token are never chosen. Returns ids [N W] and
         their probability at temperature 1, without noise, [N W].
         """
         logits = self.network.logits(self.network.hidden(tokens, mask)[:, window]).float()
-        allowed = logits.index_fill(-1, torch.tensor(self.mask_id, device=logits.device), -torch.inf)
+        allowed = logits.masked_fill(self._never_chosen(logits.shape[-1], logits.device), -torch.inf)
         if temperature == 0 or noise is None:
             ids = allowed.argmax(-1)
         else:
             cumulative = (allowed.double() / temperature).softmax(-1).cumsum(-1)
             threshold = noise.double().unsqueeze(-1) * cumulative[..., -1:]
             ids = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+            ids = ids.clamp_max(logits.shape[-1] - 1)
         return ids, logits.softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+    def _never_chosen(self, rows: int, device: torch.device) -> Tensor:
+        if self._never is not None and self._never.device == device:
+            return self._never
+        never = torch.arange(rows, device=device) >= len(self.tokenizer)
+        never[self.mask_id] = True
+        if self.pad_id != self.eos_id:
+            never[self.pad_id] = True
+        self._never = never
+        return never

@@ -19,13 +19,13 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from spg import __version__
-from spg.callbacks import Checkpoints, ProgressBar, Samples, Validation
-from spg.collect import Evaluation
+from spg.callbacks import BeforeAndAfter, Checkpoints, ProgressBar, Samples, Validation
 from spg.config import build, unread_knobs
 from spg.console import console, take_over_logging
 from spg.data import PromptStream
 from spg.figures import curve
 from spg.loggers import MetricsCSV, wandb_logger
+from spg.memory import keep_freed_memory
 from spg.module import Optimization, Training
 from spg.pretraining import build_policy
 from spg.weights import save_weights
@@ -61,6 +61,7 @@ def train(cfg: DictConfig, folder: Path, started: float) -> dict[str, Any]:
     started: value of time.perf_counter() when the command began.
     """
     take_over_logging()
+    keep_freed_memory()
     torch.set_num_threads(cfg.trainer.threads)
     log.info("Run: %s", folder)
     module = build_module(cfg)
@@ -68,6 +69,7 @@ def train(cfg: DictConfig, folder: Path, started: float) -> dict[str, Any]:
     if cfg.logger.wandb is not None:
         loggers.append(wandb_logger(**cfg.logger.wandb, folder=folder, config=OmegaConf.to_container(cfg)))
     validation = Validation(cfg.trainer.validate_every)
+    tested = BeforeAndAfter()
     trainer = pl.Trainer(
         accelerator=cfg.trainer.accelerator,
         devices=1,
@@ -76,6 +78,7 @@ def train(cfg: DictConfig, folder: Path, started: float) -> dict[str, Any]:
         logger=loggers,
         callbacks=[
             ProgressBar(),
+            tested,
             validation,
             Checkpoints(cfg.trainer.checkpoint_every, folder / "checkpoints", validation),
             Samples(cfg.trainer.samples_every),
@@ -90,13 +93,11 @@ def train(cfg: DictConfig, folder: Path, started: float) -> dict[str, Any]:
         -(-cfg.trainer.max_updates // cfg.mu),
         cfg.seed,
     )
-    before = module.evaluate("test")
     trainer.fit(module, DataLoader(stream, batch_size=None))
-    after = module.evaluate("test")
     save_weights(module.policy.network, folder / "weights.safetensors", {"update": str(module.updates)})
 
     summary = {
-        **_comparison(before, after),
+        **_comparison(tested),
         "validation.before": validation.history[0][1],
         "validation.after": validation.history[-1][1],
         "best.update": validation.best[0],
@@ -116,14 +117,17 @@ def train(cfg: DictConfig, folder: Path, started: float) -> dict[str, Any]:
         "git_commit": git_commit(),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    title = f"{module.task.name}, {len(after.texts)} puzzles a half, seed {cfg.seed}"
+    title = f"{module.task.name}, {summary['n']} examples a half, seed {cfg.seed}"
     curve(folder, title)
     show_summary(summary, folder)
     return summary
 
 
-def _comparison(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+def _comparison(tested: BeforeAndAfter) -> dict[str, Any]:
     """Return every measure on the test half before and after training, with 95% intervals."""
+    before, after = tested.before, tested.after
+    assert before is not None
+    assert after is not None
     figures: dict[str, Any] = {"n": len(after.texts)}
     for name in after.measures:
         for moment, result in (("before", before), ("after", after)):

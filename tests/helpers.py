@@ -91,6 +91,9 @@ class Ids:
     def __init__(self, mask: int, eos: int, pad: int) -> None:
         self.mask_token_id, self.eos_token_id, self.pad_token_id = mask, eos, pad
 
+    def __len__(self) -> int:
+        return 131
+
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """Write the numbers."""
         return " ".join(map(str, ids))
@@ -98,7 +101,7 @@ class Ids:
 
 def golden_policy() -> Policy:
     """Return the golden network as a policy."""
-    return Policy(golden_network(), Ids(mask=126, eos=120, pad=120))  # type: ignore[arg-type]
+    return Policy(golden_network(), Ids(mask=126, eos=120, pad=120))
 
 
 def small_policy(seed: int = 0) -> Policy:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spg.advantages import GroupMean, LeaveOneOut, Normalized, Shifted
+from spg.advantages import Advantage, GroupMean, LeaveOneOut, Normalized, Shifted
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.5, 0.5], [0.2, 0.2, 0.2, 0.2], [3.0, 1.0, 2.0, 6.0]])
 
@@ -29,10 +29,13 @@ def test_leave_one_out_is_the_mean_of_the_others() -> None:
 
 
 def test_normalized_has_unit_spread() -> None:
+    """The spread divides by n - 1; where all rewards are equal, `eps` keeps the result 0."""
     advantages = Normalized(eps=1e-8)(REWARDS)
     assert torch.allclose(advantages[[0, 2]].std(-1), torch.ones(2), atol=1e-5)
     assert torch.equal(advantages[1], torch.zeros(4))
-    with pytest.raises(ValueError, match="eps=0"):
+    damped = Normalized(eps=0.5)(REWARDS)[2]
+    assert torch.allclose(damped, (REWARDS[2] - 3) / (REWARDS[2].std() + 0.5))
+    with pytest.raises(ValueError, match=r"eps=0 is out of range; allowed: a number above 0"):
         Normalized(eps=0)
 
 
@@ -40,9 +43,10 @@ def test_shifted_by_the_minimum_of_the_batch() -> None:
     advantages = Shifted(GroupMean())(REWARDS)
     assert float(advantages.min()) == 0.0
     assert torch.allclose(advantages - GroupMean()(REWARDS), torch.full((3, 4), 2.0))
+    assert torch.allclose(Shifted(LeaveOneOut())(REWARDS), advantages * 4 / 3)
 
 
 @pytest.mark.parametrize("advantage", [GroupMean(), LeaveOneOut(), Normalized()])
-def test_groups_know_nothing_of_each_other(advantage) -> None:
+def test_groups_know_nothing_of_each_other(advantage: Advantage) -> None:
     alone = torch.cat([advantage(row.unsqueeze(0)) for row in REWARDS])
     assert torch.allclose(alone, advantage(REWARDS))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from spg.decoding import Decoder
 from spg.policy import Policy
@@ -38,11 +42,16 @@ def test_rows_of_a_batch_decode_as_they_would_alone(temperature: float, remaskin
         assert torch.equal(single.commit_step[0], together.commit_step[row])
 
 
-def test_seeds_matter() -> None:
+def test_each_row_follows_its_own_seed_wherever_it_stands() -> None:
     policy = small_policy()
     decoder = Decoder(12, 4, 6, 1.0, stop_at_eos=False)
-    first, second = (decoder(policy, ragged(), torch.arange(4) + s) for s in (0, 50))
-    assert not torch.equal(first.completion_ids, second.completion_ids)
+    seeds, order = torch.tensor([0, 1, 2, 3]), torch.tensor([2, 0, 3, 1])
+    first = decoder(policy, ragged(), seeds)
+    moved = decoder(policy, ragged().select(order), seeds[order])
+    assert torch.equal(moved.completion_ids, first.completion_ids[order])
+    others = decoder(policy, ragged(), torch.tensor([0, 51, 2, 53]))
+    same = (others.completion_ids == first.completion_ids).all(-1)
+    assert same.tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -55,7 +64,8 @@ def test_samples_follow_the_tempered_softmax(temperature: float) -> None:
     with torch.no_grad():
         logits = policy.network.logits(policy.network.hidden(tokens)[0, 2])
     allowed = logits.clone()
-    allowed[policy.mask_id] = -torch.inf
+    allowed[[policy.mask_id, policy.pad_id]] = -torch.inf
+    allowed[len(policy.tokenizer) :] = -torch.inf
     expected = (allowed / temperature).softmax(-1)
     frequency = ids.flatten().bincount(minlength=len(expected)) / n
     spread = (expected * (1 - expected) / n).sqrt().clamp_min(1e-4)
@@ -73,6 +83,19 @@ def test_random_remasking_commits_every_position_equally() -> None:
     assert torch.allclose(first, torch.full((4,), 0.25), atol=0.04)
 
 
+def test_blocks_share_no_randomness() -> None:
+    policy = small_policy()
+    n = 500
+    with torch.no_grad():
+        policy.network.get_parameter("model.transformer.ff_out.weight").zero_()  # 31 tokens, all alike
+    prompts = open_prompts(torch.full((n, 1), 5), 8)
+    rollout = Decoder(8, 4, 8, 1.0, "random", stop_at_eos=False)(policy, prompts, torch.arange(n))
+    same_order = (rollout.commit_step[:, :4] + 4 == rollout.commit_step[:, 4:]).all(-1).float().mean()
+    assert float(same_order) == pytest.approx(1 / 24, abs=0.03)
+    same_token = (rollout.completion_ids[:, :4] == rollout.completion_ids[:, 4:]).float().mean()
+    assert float(same_token) == pytest.approx(1 / 31, abs=0.02)
+
+
 def test_commit_steps_keep_the_order_of_blocks_and_the_counts() -> None:
     policy = small_policy()
     rollout = Decoder(12, 5, 6, stop_at_eos=False)(policy, ragged())  # blocks of 5, 5 and 2, 2 steps each
@@ -81,6 +104,38 @@ def test_commit_steps_keep_the_order_of_blocks_and_the_counts() -> None:
         sizes = [-(-(stop - start) // 2), (stop - start) // 2]
         for step, size in zip(steps, sizes, strict=True):
             assert ((within == step).sum(-1) == size).all()
+
+
+def test_a_block_longer_than_the_completion_is_the_completion() -> None:
+    policy = small_policy()
+    first, second = (Decoder(12, size, 6, stop_at_eos=False)(policy, ragged()) for size in (12, 100))
+    assert torch.equal(first.completion_ids, second.completion_ids)
+    assert torch.equal(first.commit_step, second.commit_step)
+
+
+def test_steps_that_do_not_divide_are_rounded_down() -> None:
+    """Seven steps for three blocks: two each, as in the reference."""
+    rollout = Decoder(12, 4, 7, stop_at_eos=False)(small_policy(), ragged())
+    assert torch.equal(rollout.commit_step.sort(-1).values, (torch.arange(12) // 2).expand(4, 12))
+
+
+def test_fewer_steps_than_blocks_means_one_step_a_block() -> None:
+    rollout = Decoder(12, 4, 1, stop_at_eos=False)(small_policy(), ragged())
+    assert torch.equal(rollout.commit_step, (torch.arange(12) // 4).expand(4, 12))
+
+
+def test_low_confidence_commits_the_likeliest_first() -> None:
+    policy = small_policy()
+    prompts = ragged()
+    rollout = Decoder(12, 12, 12, stop_at_eos=False)(policy, prompts)
+    tokens = torch.cat([prompts.ids, torch.full((4, 12), policy.mask_id)], -1)
+    mask = torch.cat([prompts.mask, torch.ones(4, 12, dtype=torch.bool)], -1)
+    for step in range(12):
+        ids, confidence = policy.propose(tokens, mask, slice(7, 19), 0.0, None)
+        taken = confidence.masked_fill(tokens[:, 7:] != policy.mask_id, -1).argmax(-1, keepdim=True)
+        assert torch.equal((rollout.commit_step == step).long().argmax(-1, keepdim=True), taken)
+        tokens.scatter_(1, 7 + taken, ids.gather(1, taken))
+    assert torch.equal(tokens[:, 7:], rollout.completion_ids)
 
 
 def with_template(given: list[bool], token: int = 9) -> Prompts:
@@ -110,17 +165,27 @@ def test_given_tokens_stay_and_only_holes_are_decoded() -> None:
 
 
 def test_given_tokens_are_seen_by_the_policy() -> None:
-    first, second = (
-        Decoder(8, 8, 8, stop_at_eos=False)(small_policy(), with_template([True] * 7 + [False], token))
-        for token in (9, 20)
-    )
     policy = small_policy()
-    with torch.no_grad():
-        ids = torch.tensor([[5, 5] + [9] * 7 + [policy.mask_id]])
-        logits = policy.network.logits(policy.network.hidden(ids))[0, -1]
-    logits[policy.mask_id] = -torch.inf
-    assert int(first.completion_ids[0, -1]) == int(logits.argmax())
-    assert first.completion_ids.shape == second.completion_ids.shape
+    likeliest = []
+    for token in (9, 20):
+        prompts = with_template([False] + [True] * 7, token)
+        rollout = Decoder(8, 4, 2, stop_at_eos=False)(policy, prompts)
+        with torch.no_grad():
+            ids = torch.tensor([[5, 5, policy.mask_id] + [token] * 7])
+            logits = policy.network.logits(policy.network.hidden(ids))[0, 2]
+        logits[[policy.mask_id, policy.pad_id]] = -torch.inf
+        logits[len(policy.tokenizer) :] = -torch.inf
+        likeliest.append(int(logits.argmax()))
+        assert rollout.completion_ids[:, 0].tolist() == [likeliest[-1]] * 3
+    assert likeliest[0] != likeliest[1], "also where they follow in a later block"
+
+
+def test_a_template_of_given_tokens_only_needs_no_call() -> None:
+    policy = Ending([0, 0, 0])
+    rollout = Decoder(4, 2, 4)(policy, with_template([True] * 4))
+    assert policy.calls == 0
+    assert (rollout.completion_ids == 9).all()
+    assert not rollout.holes.any()
 
 
 class Ending(Policy):
@@ -128,11 +193,13 @@ class Ending(Policy):
 
     def __init__(self, ends: list[int]) -> None:
         base = small_policy()
-        super().__init__(base.network, base.tokenizer)  # type: ignore[arg-type]
+        super().__init__(base.network, base.tokenizer)
         self.ends = torch.tensor(ends)
         self.calls = 0
 
-    def propose(self, tokens, mask, window, temperature, noise):  # type: ignore[no-untyped-def]
+    def propose(
+        self, tokens: Tensor, mask: Tensor | None, window: slice, temperature: float, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         self.calls += 1
         position = torch.arange(window.start, window.stop) - 2
         ids = torch.where(position == self.ends.unsqueeze(-1), self.eos_id, 7)
@@ -171,9 +238,35 @@ def test_stopping_early_with_a_real_network() -> None:
     assert (stopped.commit_step == -1).any()
 
 
-def test_errors() -> None:
+def test_stopping_early_spares_the_given_tokens_behind() -> None:
+    policy = Ending([1, 1, 1])
+    given = [True, False, False, False, True, False, True, False]
+    rollout = Decoder(8, 4, 4)(policy, with_template(given))
+    assert policy.calls == 2, "three holes in the first block's two steps, nothing after"
+    eos = policy.eos_id
+    assert rollout.completion_ids.tolist() == [[9, eos, 7, 7, 9, eos, 9, eos]] * 3
+    assert rollout.completion_mask.tolist() == [[True] * 2 + [False] * 6] * 3
+    assert (rollout.commit_step[:, [0, 4, 5, 6, 7]] == -1).all()
+
+
+@pytest.mark.parametrize(("temperature", "remasking"), [(0.9, "low_confidence"), (0.0, "random")])
+def test_randomness_needs_seeds(temperature: float, remasking: str) -> None:
     with pytest.raises(ValueError, match="needs seeds, one a row"):
-        Decoder(8, 4, 4, 0.9)(small_policy(), ragged())
-    with pytest.raises(ValueError, match=r"temperature=-1 is out of range; allowed: a number, 0 or more"):
-        Decoder(8, 4, 4, -1)
-    assert Decoder(8, 100, 4).block_size == 8
+        Decoder(8, 4, 4, temperature, remasking)(small_policy(), ragged())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("gen_length", 0, "a whole number, 1 or more"),
+        ("block_size", 2.5, "a whole number, 1 or more"),
+        ("steps", 0, "a whole number, 1 or more"),
+        ("temperature", -1, "a number, 0 or more"),
+        ("remasking", "best", "one of: low_confidence, random"),
+        ("stop_at_eos", 1, "true or false"),
+    ],
+)
+def test_values_out_of_range_are_named(name: str, value: Any, allowed: str) -> None:
+    values = {"gen_length": 8, "block_size": 4, "steps": 4, name: value}
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is out of range; allowed: {allowed}")):
+        Decoder(**values)

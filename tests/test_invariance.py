@@ -22,9 +22,9 @@ from tests.helpers import experience_of, small_policy
 MASK = 2
 
 
-def batch(
-    seed: int, groups: int = 3, size: int = 2, t: int = 8, num_mc: int = 3
-) -> tuple[Experience, MaskedSamples]:
+def batch(seed: int) -> tuple[Experience, MaskedSamples]:
+    """Return three groups of two made-up completions, with left padding, masked three times each."""
+    groups, size, t, num_mc = 3, 2, 8, 3
     g = torch.Generator().manual_seed(seed)
     b = groups * size
     ends = torch.randint(1, t + 1, (b, 1), generator=g)
@@ -44,10 +44,10 @@ def batch(
 
 
 def value_and_gradient(
-    loss_norm: str, logps: Tensor, s: MaskedSamples, e: Experience
+    loss_norm: str, logps: Tensor, samples: MaskedSamples, experience: Experience
 ) -> tuple[Tensor, Tensor]:
     leaf = logps.clone().requires_grad_()
-    loss, _ = SPG(Sandwich(ELBO(), Mixture(1.5, 0.5)), loss_norm)(leaf, s, e)
+    loss, _ = SPG(Sandwich(ELBO(), Mixture(1.5, 0.5)), loss_norm)(leaf, samples, experience)
     loss.backward()
     assert leaf.grad is not None
     return loss.detach(), leaf.grad
@@ -129,10 +129,12 @@ def training(policy: Policy, estimator: str, micro_batch_size: int | None) -> Tr
     )
 
 
-def gradient_of(estimator: str, micro_batch_size: int | None, seed: int) -> tuple[float, Tensor, dict]:
+def gradient_of(
+    estimator: str, micro_batch_size: int | None, seed: int
+) -> tuple[float, Tensor, dict[str, Tensor]]:
     policy = small_policy()
     module = training(policy, estimator, micro_batch_size)
-    module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
+    module.manual_backward = lambda loss: loss.backward()
     loss, metrics = module.backward_through(*batch(seed))
     gradients = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
     return float(loss), torch.cat(gradients), metrics
@@ -151,7 +153,9 @@ def test_micro_batches_change_no_gradient(estimator: str, micro_batch_size: int)
         assert float(metrics["bound/gap"]) == pytest.approx(float(split_metrics["bound/gap"]), abs=1e-5)
 
 
-def test_sequences_without_advantage_are_not_computed_but_counted() -> None:
+def test_sequences_without_advantage_are_not_computed_but_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     experience, samples = batch(3)
     advantages = experience.advantages.clone()
     advantages[:2] = 0.0
@@ -164,15 +168,15 @@ def test_sequences_without_advantage_are_not_computed_but_counted() -> None:
         seen.append(len(tokens))
         return original(tokens, *rest)
 
-    policy.token_logps = spy  # type: ignore[method-assign]
+    monkeypatch.setattr(policy, "token_logps", spy)
     module = training(policy, "mixture", None)
-    module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
+    module.manual_backward = lambda loss: loss.backward()
     loss, _ = module.backward_through(experience, samples)
     assert seen == [4 * 3]
     rollout = experience.rollout
     mask = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.given)], -1)
-    every = [
-        original(samples.tokens[:, m], mask, rollout.completion_ids, samples.scored[:, m]) for m in range(3)
-    ]
+    draws = zip(samples.tokens.unbind(1), samples.scored.unbind(1), strict=True)
+    with torch.no_grad():
+        every = [original(tokens, mask, rollout.completion_ids, scored) for tokens, scored in draws]
     expected, _ = module.objective(torch.stack(every, 1), samples, experience)
     assert float(loss) == pytest.approx(float(expected), abs=1e-6)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
+from spg.models.llada import LLaDA, LLaDAConfig
 from spg.models.tokenizer import CHARACTERS, TAGS, tiny_tokenizer
 from spg.policy import Policy
 from tests.helpers import small_policy
@@ -58,6 +60,10 @@ def test_text_ends_at_eos() -> None:
     assert policy.text(ids) == "12"
 
 
+def gradients(policy: Policy) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+
 def test_head_in_chunks_gives_the_same() -> None:
     g = torch.Generator().manual_seed(0)
     tokens, targets = (torch.randint(5, 28, (4, n), generator=g) for n in (9, 6))
@@ -68,8 +74,8 @@ def test_head_in_chunks_gives_the_same() -> None:
         policy.head_chunk = chunk
         logps = policy.token_logps(tokens, None, targets, scored)
         (logps * torch.arange(6)).sum().backward()
-        grad = policy.network.model.transformer.ff_out.weight.grad  # type: ignore[union-attr]
-        results.append((logps.detach(), grad))
+        results.append((logps.detach(), gradients(policy)))
+    assert int(scored.sum()) > 10, "more than two chunks"
     assert torch.allclose(results[0][0], results[1][0], atol=1e-6)
     assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
 
@@ -84,10 +90,75 @@ def test_log_probabilities_are_those_of_the_whole_softmax() -> None:
         logits = policy.network.logits(policy.network.hidden(tokens))[:, -4:]
     expected = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     assert torch.allclose(logps, expected, atol=1e-6)
+    some = torch.tensor([[True, False, True, False], [False] * 4])
+    with torch.no_grad():
+        partly = policy.token_logps(tokens, None, targets, some)
+    assert torch.allclose(partly, expected * some, atol=1e-6), "0 where not scored"
 
 
-def test_a_tokenizer_without_mask_is_refused() -> None:
+def test_nothing_scored_is_zero_with_a_gradient() -> None:
+    policy = small_policy()
+    tokens = torch.full((2, 5), policy.mask_id)
+    logps = policy.token_logps(tokens, None, tokens[:, 2:], torch.zeros(2, 3, dtype=torch.bool))
+    logps.sum().backward()
+    assert not logps.any()
+    assert not gradients(policy).any(), "nor NaN"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_mask_is_never_proposed(temperature: float) -> None:
+    """Not even where the network is sure of it."""
+    policy = small_policy()
+    with torch.no_grad():
+        head = policy.network.get_parameter("model.transformer.ff_out.weight")
+        head[policy.mask_id] *= 100
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 29, (64, 6), generator=g)
+    noise = torch.rand(64, 4, dtype=torch.double, generator=g)
+    noise[0] = 0.0
+    noise[1] = 1 - 2**-53
+    with torch.no_grad():
+        logits = policy.network.logits(policy.network.hidden(tokens)[:, 2:])
+    ids, confidence = policy.propose(tokens, None, slice(2, 6), temperature, noise)
+    assert (logits.argmax(-1) == policy.mask_id).any()
+    assert not (ids == policy.mask_id).any()
+    assert int(ids.max()) < 32
+    assert torch.isfinite(confidence).all()
+
+
+def test_sizes_of_the_network_are_checked() -> None:
+    sizes = {
+        "d_model": 32,
+        "n_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "mlp_hidden_size": 48,
+        "vocab_size": 29,
+        "embedding_size": 32,
+    }
+    network = LLaDA(LLaDAConfig(**sizes))
+    assert network.logits(network.hidden(torch.zeros(1, 3, dtype=torch.long))).shape == (1, 3, 32)
+    for name, value, words in (
+        ("embedding_size", 28, "embedding_size=28 must be vocab_size=29 or more"),
+        ("n_heads", 3, "n_heads=3 must divide d_model=32"),
+        ("n_heads", 32, "heads of even width"),
+        ("n_kv_heads", 4, "n_kv_heads=4 must divide n_heads=2"),
+        ("n_layers", 0, "n_layers=0 is out of range; allowed: a whole number, 1 or more"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            LLaDAConfig(**{**sizes, name: value})
+
+
+def test_the_same_seed_makes_the_same_network() -> None:
+    first, same, other = (small_policy(seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    matrices = [name for name in first if first[name].ndim == 2]
+    assert not any(torch.equal(first[name], other[name]) for name in matrices)
+
+
+@pytest.mark.parametrize("token", ["mask_token", "eos_token", "pad_token"])
+def test_a_tokenizer_without_a_needed_token_is_refused(token: str) -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.mask_token = None
-    with pytest.raises(ValueError, match="mask_token_id"):
-        Policy(small_policy().network, tokenizer)  # type: ignore[arg-type]
+    setattr(tokenizer, token, None)
+    with pytest.raises(ValueError, match=f"no {token}_id; masked diffusion needs mask, EOS and pad"):
+        Policy(small_policy().network, tokenizer)

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import pytest
 from spg.tasks import sudoku
 from spg.tasks.sudoku import FEW_SHOT, HELD_OUT, PEERS, UNITS, Sudoku, all_grids, make_puzzles
 from tests.helpers import GOLDEN, real_data
+
+EMPTY = 16 - np.array([clues.bit_count() for clues in range(2**16)])  # cells that a clue set leaves
 
 
 def solutions(puzzle: str) -> list[str]:
@@ -46,7 +49,7 @@ def test_held_out_solutions_are_those_of_the_published_test_puzzles() -> None:
 
 
 def test_few_shot_puzzles_are_in_no_split_and_their_solutions_in_training() -> None:
-    task = Sudoku()
+    task = Sudoku(train_size=2000)
     for puzzle in FEW_SHOT:
         (solution,) = solutions(puzzle)
         assert sudoku.split_of(solution) == "train"
@@ -54,36 +57,54 @@ def test_few_shot_puzzles_are_in_no_split_and_their_solutions_in_training() -> N
             assert all(example["puzzle"] != puzzle for example in task.examples(split))
 
 
-def test_clue_sets_with_one_solution_against_brute_force() -> None:
-    rng = np.random.default_rng(0)
-    for grid in (all_grids()[0], all_grids()[5], all_grids()[200]):
-        unique = sudoku.unique_clue_sets(grid)
-        for clues in rng.integers(0, 2**16, 150):
-            puzzle = "".join(d if clues >> i & 1 else "0" for i, d in enumerate(grid))
-            assert unique[clues] == (len(solutions(puzzle)) == 1)
+def test_few_shot_puzzles_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of all puzzles of this solution and size, several times: else it would be among them."""
+    puzzle = FEW_SHOT[0]
+    (solution,) = solutions(puzzle)
+    empty = puzzle.count("0")
+    supply = int((sudoku.unique_clue_sets(solution) & (empty == EMPTY)).sum())
+
+    def made() -> set[str]:
+        drawn = [make_puzzles([solution], supply // 2, empty, empty, seed) for seed in range(6)]
+        return {example["puzzle"] for examples in drawn for example in examples}
+
+    assert puzzle not in made()
+    monkeypatch.setattr(sudoku, "FEW_SHOT", ())
+    assert puzzle in made()
+
+
+@pytest.mark.parametrize("number", [0, 5, 111, 200, 287])
+def test_clue_sets_with_one_solution_against_brute_force(number: int) -> None:
+    """A thousand random sets of clues, each held against all grids; the solver is another one."""
+    grid = all_grids()[number]
+    unique = sudoku.unique_clue_sets(grid)
+    same = np.array([[a == b for a, b in zip(grid, other, strict=True)] for other in all_grids()])
+    for clues in np.random.default_rng(number).integers(0, 2**16, 1000):
+        kept = (clues >> np.arange(16)) & 1 == 1
+        assert unique[clues] == (same[:, kept].all(1).sum() == 1)
 
 
 def test_number_of_puzzles_with_4_to_12_empty_cells() -> None:
-    """40,704 for a third of the grids, the class of the smallest, and more for the others."""
-    counts = {
-        grid: sum(len(sudoku._clue_sets_by_empty(grid)[e]) for e in range(4, 13)) for grid in all_grids()
-    }
-    assert counts[all_grids()[0]] == 40704
-    assert sorted(set(counts.values()))[0] == 40704
-    assert sum(counts.values()) == 13378944
+    """Relabelled, flipped and turned, the grids are of two kinds, of 96 and 192 grids."""
+    wanted = (EMPTY >= 4) & (EMPTY <= 12)
+    counts = Counter(int((sudoku.unique_clue_sets(grid) & wanted).sum()) for grid in all_grids())
+    assert counts == {40704: 96, 49330: 192}
+    assert all(not sudoku.unique_clue_sets(grid)[EMPTY > 12].any() for grid in all_grids()[::50])
 
 
 def test_puzzles_are_fast_different_repeatable_and_have_one_solution() -> None:
     started = time.perf_counter()
     puzzles = make_puzzles(sudoku.solutions_of("train"), 5000, 4, 12, seed=1)
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 2
     assert puzzles == make_puzzles(sudoku.solutions_of("train"), 5000, 4, 12, seed=1)
     assert puzzles != make_puzzles(sudoku.solutions_of("train"), 5000, 4, 12, seed=2)
     assert len({p["puzzle"] for p in puzzles}) == 5000
     assert {p["puzzle"].count("0") for p in puzzles} == set(range(4, 13))
     for puzzle in puzzles[:200]:
         assert solutions(puzzle["puzzle"]) == [puzzle["solution"]]
-    with pytest.raises(ValueError, match="ask for at most"):
+    (only,) = {p["puzzle"].count("0") for p in make_puzzles(all_grids(), 50, 7, 7, seed=1)}
+    assert only == 7
+    with pytest.raises(ValueError, match=r"10000000 puzzles were asked for, .* ask for at most \d+"):
         make_puzzles(sudoku.solutions_of("test"), 10**7, 4, 12, seed=0)
 
 
@@ -119,16 +140,23 @@ def test_published_file_is_read_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    "row",
     [
-        ("123,456", "line 2"),
-        (f"{'0' * 16},{'1' * 16}", "no 4x4 Sudoku"),
-        (f"2{'0' * 15},{all_grids()[0]}", "line 2"),
+        "123,456",
+        f"{'0' * 16},{'1' * 16}",
+        f"2{'0' * 15},{all_grids()[0]}",
+        f"{all_grids()[0]},{all_grids()[0]}",
+        f"{'0' * 15},{all_grids()[0]}",
+        f"{'0' * 17},{all_grids()[0]}",
+        f"{'.' * 16},{all_grids()[0]}",
+        "0" * 16,
     ],
+    ids=["short", "rules", "clue", "full", "15 cells", "17 cells", "dots", "no solution"],
 )
-def test_bad_rows_are_named(tmp_path: Path, row: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        Sudoku(path=write(tmp_path / "bad.csv", [row]))
+def test_bad_rows_are_named(tmp_path: Path, row: str) -> None:
+    good = f"{'0' * 16},{all_grids()[0]}"
+    with pytest.raises(ValueError, match=r"bad\.csv, line 3: .* is no 4x4 Sudoku with its solution"):
+        Sudoku(path=write(tmp_path / "bad.csv", [good, row]))
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
@@ -140,6 +168,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 
 def test_cells_is_the_published_reward() -> None:
+    """In every case: too short or long, clues broken, tags missing, nested or twice, odd digits."""
     task = Sudoku(prompt_style="instruct", format="completion")
     cases = [json.loads(line) for line in (GOLDEN / "awkward_sudoku.jsonl").read_text().splitlines()]
     assert len(cases) > 20
@@ -147,58 +176,91 @@ def test_cells_is_the_published_reward() -> None:
         example = {"puzzle": case["puzzle"], "solution": case["solution"]}
         reward = task.reward(example, case["completion"])
         assert reward == {"cells": pytest.approx(case["out"]["sudoku_reward_func"])}, case["name"]
+        assert task.answer(case["completion"]) == (case["out"]["extracted"] or ""), case["name"]
 
 
-def test_cells_agrees_on_real_generations() -> None:
-    shared = real_data("sudoku/spg_test.csv").parents[2] / "goldens"
+@pytest.mark.parametrize("length", [128, 256])
+def test_cells_is_the_published_reward_on_real_generations(length: int) -> None:
+    goldens = real_data("sudoku/spg_test.csv").parents[2] / "goldens"
+    files = (goldens / "eval" / f"sudoku_{length}.jsonl", goldens / "rewards" / "real_sudoku.jsonl")
+    for file in files:
+        if not file.exists():
+            pytest.skip(f"{file.name} is not at hand; set SPG_SHARED to the folder above goldens/")
+    generations, rewards = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    texts = {(row["shard"], row["index"]): row["generation"] for row in generations}
+    rows = [row for row in rewards if row["gen_length"] == length]
+    assert len(rows) == 256
     task = Sudoku(prompt_style="instruct", format="completion")
-    for length in (128, 256):
-        texts = {}
-        for line in (shared / "eval" / f"sudoku_{length}.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            texts[row["shard"], row["index"]] = row["generation"]
-        for line in (shared / "rewards" / "real_sudoku.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            if row["gen_length"] != length:
-                continue
-            text = re.sub(r"<\|[A-Za-z0-9_]+\|>", "", texts[row["shard"], row["index"]])
-            puzzle, solution = row["reward_args"]
-            reward = task.reward({"puzzle": puzzle, "solution": solution}, text)["cells"]
-            if row["stripped"]["extracted"] is not None and "</answer>" in text:
-                assert reward == pytest.approx(row["stripped"]["sudoku_reward_func"])
+    for row in rows:
+        text = texts[row["shard"], row["index"]]
+        puzzle, solution = row["reward_args"]
+        reward = task.reward({"puzzle": puzzle, "solution": solution}, text)["cells"]
+        assert reward == pytest.approx(row["raw"]["sudoku_reward_func"])
 
 
 EXAMPLE = {"puzzle": "0234341221434321", "solution": "1234341221434321"}
 
 
-def test_rules_reward() -> None:
-    task = Sudoku(reward="rules")
-    solution = all_grids()[0]
-    open_puzzle = {"puzzle": "0" * 16, "solution": solution}
-    for other in all_grids()[::40]:
-        assert task.reward(open_puzzle, other) == {"rules": 1.0}, "any valid completion"
-    assert task.reward(open_puzzle, "1" * 16) == {"rules": 0.0}
-    assert task.reward(EXAMPLE, EXAMPLE["solution"]) == {"rules": 1.0}
+def test_rules_asks_for_kept_clues_and_sixteen_digits() -> None:
+    task = Sudoku(reward="rules", format="completion")
+    solution = EXAMPLE["solution"]
+    assert task.reward(EXAMPLE, solution) == {"rules": 1.0}
     assert task.reward(EXAMPLE, "1134341221434321") == {"rules": 0.0}, "a clue was changed"
-    assert task.reward(EXAMPLE, EXAMPLE["solution"] + "1") == {"rules": 0.0}, "17 digits"
-    assert task.reward(EXAMPLE, "2234341221434321") == {"rules": 0.0}
+    other = "1243342121344312"
+    assert other in all_grids()
+    assert task.reward(EXAMPLE, other) == {"rules": 0.0}, "valid, but of another puzzle"
+    assert task.reward(EXAMPLE, solution + "1") == {"rules": 0.0}, "17 digits"
+    assert task.reward(EXAMPLE, solution[:15]) == {"rules": 0.0}, "15 digits"
+    assert task.reward(EXAMPLE, "") == {"rules": 0.0}
+    assert task.reward({"puzzle": solution, "solution": solution}, solution) == {"rules": 0.0}, (
+        "no empty cell"
+    )
+
+
+def test_rules_takes_any_valid_completion() -> None:
+    task = Sudoku(reward="rules", format="completion")
+    puzzle = {"puzzle": "12" + "0" * 14, "solution": all_grids()[0]}
+    others = [grid for grid in all_grids() if grid.startswith("12")]
+    assert len(others) == 24
+    assert all(task.reward(puzzle, grid) == {"rules": 1.0} for grid in others)
+    assert sum(Sudoku(format="completion").reward(puzzle, grid) == {"cells": 1.0} for grid in others) == 1
+
+
+def test_rules_counts_the_cells_that_break_none() -> None:
+    """A cell counts if its digit is 1 to 4 and differs from its row, column and box, clues included."""
+    task = Sudoku(reward="rules", format="completion")
+    solution = "1234341221434321"
     half = {"puzzle": "00" + solution[2:], "solution": solution}
-    broken = solution[0] + solution[0] + solution[2:]
-    assert task.reward(half, broken)["rules"] < 1.0
     assert task.reward(half, "5" + solution[1:]) == {"rules": 0.5}, "5 is no digit of the game"
+    assert task.reward(half, "11" + solution[2:]) == {"rules": 0.0}, "each spoils the other"
+    assert task.reward(half, "21" + solution[2:]) == {"rules": 0.0}, "both meet a clue of their column"
+    assert task.reward(half, "14" + solution[2:]) == {"rules": 0.5}, "the 4 stands twice in its row"
+    assert task.reward({"puzzle": "0" * 16, "solution": solution}, "1" * 16) == {"rules": 0.0}
 
 
 def test_cells_is_blind_to_clues_and_rules_is_not() -> None:
     completion = "1" * 16
-    assert Sudoku(reward="cells").reward(EXAMPLE, completion) == {"cells": 1.0}
-    assert Sudoku(reward="rules").reward(EXAMPLE, completion) == {"rules": 0.0}
-    measured = Sudoku().measure(EXAMPLE, completion)
-    assert measured == {"accuracy": 1.0, "solved": 0.0, "clues_intact": 0.0}
-    assert Sudoku().measure(EXAMPLE, "1234\n3412 2143\n4321") == {
-        "accuracy": 1.0,
-        "solved": 1.0,
-        "clues_intact": 1.0,
-    }
+    assert Sudoku(reward="cells", format="completion").reward(EXAMPLE, completion) == {"cells": 1.0}
+    assert Sudoku(reward="rules", format="completion").reward(EXAMPLE, completion) == {"rules": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("completion", "accuracy", "solved", "intact"),
+    [
+        ("12 34\n34 12\n21 43\n43 21\n", 1.0, 1.0, 1.0),
+        ("22 34\n34 12\n21 43\n43 21\n", 0.5, 0.0, 1.0),
+        ("12 34\n34 12\n21 43\n43 22\n", 1.0, 0.0, 0.0),
+        ("1" * 16, 0.5, 0.0, 0.0),
+        ("1234", 0.5, 0.0, 0.0),
+        ("", 0.0, 0.0, 0.0),
+    ],
+)
+@pytest.mark.parametrize("reward", ["cells", "rules"])
+def test_measures(completion: str, accuracy: float, solved: float, intact: float, reward: str) -> None:
+    """Of two empty cells, the first and the last but one; whatever the reward."""
+    example = {"puzzle": "0234341221434301", "solution": EXAMPLE["solution"]}
+    measured = Sudoku(reward=reward, format="completion").measure(example, completion)
+    assert measured == {"accuracy": accuracy, "solved": solved, "clues_intact": intact}
 
 
 def test_template_is_the_target_with_holes() -> None:
@@ -212,21 +274,42 @@ def test_template_is_the_target_with_holes() -> None:
         assert text.count("?") == example["puzzle"].count("0")
         assert all(a in ("?", b) for a, b in zip(text, target, strict=True))
         assert task.answer(target) == example["solution"]
-    assert Sudoku(format="completion").template(example) is None
+        digits = [part for part in template if part == 1 or str(part) in "1234"]
+        assert ["0" if part == 1 else part for part in digits] == list(example["puzzle"])
+    whole = Sudoku(format="completion")
+    assert whole.template(example) is None
+    assert whole.prompt(example) == example["puzzle"] + "<answer>"
+    assert whole.target(example) == example["solution"]
+
+
+@pytest.mark.parametrize("style", ["bare", "instruct"])
+@pytest.mark.parametrize("format", ["template", "completion"])
+@pytest.mark.parametrize("reward", ["cells", "rules"])
+def test_the_target_earns_everything(style: str, format: str, reward: str) -> None:
+    task = Sudoku(format=format, prompt_style=style, reward=reward, eval_size=20)
+    for example in task.examples("validation"):
+        assert task.reward(example, task.target(example)) == {reward: 1.0}
+        assert set(task.measure(example, task.target(example)).values()) == {1.0}
 
 
 @pytest.mark.parametrize("shots", [0, 1, 2, 3])
 def test_instruct_prompt_holds_right_worked_examples(shots: int) -> None:
     task = Sudoku(prompt_style="instruct", shots=shots)
-    (message,) = task.prompt(EXAMPLE)
+    prompt = task.prompt(EXAMPLE)
+    assert isinstance(prompt, list), "a chat"
+    (message,) = prompt
+    assert message["role"] == "user"
     text = message["content"]
     assert text.count("Example ") == shots
     assert text.rstrip().endswith(EXAMPLE["puzzle"])
     for puzzle in FEW_SHOT[:shots]:
-        assert puzzle in text
         worked = sudoku.worked_example(puzzle)
-        assert worked in text
-        assert worked.split("<answer>\n")[1].split("\n")[0] == solutions(puzzle)[0]
+        assert f"Puzzle: {puzzle}\n{worked}" in text
+        (solution,) = solutions(puzzle)
+        assert worked.split("<answer>\n")[1].split("\n")[0] == solution
+        steps = re.findall(r"Row (\d), column (\d): only (\d) fits", worked)
+        filled = {4 * (int(row) - 1) + int(column) - 1: digit for row, column, digit in steps}
+        assert filled == {i: solution[i] for i, digit in enumerate(puzzle) if digit == "0"}
 
 
 def test_peers_are_seven_others() -> None:
@@ -238,3 +321,26 @@ def test_limits() -> None:
         Sudoku(min_empty=9, max_empty=5)
     with pytest.raises(ValueError, match=r"reward='luck' is out of range; allowed: one of: cells, rules"):
         Sudoku(reward="luck")
+    with pytest.raises(ValueError, match=r"shots=4 is out of range; allowed: a whole number from 0 to 3"):
+        Sudoku(shots=4)
+    with pytest.raises(
+        ValueError, match=r"max_empty=13 is out of range; allowed: a whole number from 1 to 12"
+    ):
+        Sudoku(max_empty=13)
+    with pytest.raises(
+        ValueError, match=r"split='dev' is unknown; allowed: train, validation, test, heldout"
+    ):
+        Sudoku().examples("dev")
+
+
+@pytest.mark.parametrize("wrong", ["+", "<answer>", "\n"])
+def test_a_template_keeps_its_places_whatever_fills_a_hole(wrong: str) -> None:
+    """A character that is no digit, or a tag, must not move the cells behind it."""
+    task = Sudoku()
+    solution = EXAMPLE["solution"]
+    text = task.target(EXAMPLE)
+    puzzle = {"puzzle": "0" + solution[1:], "solution": solution}
+    measured = task.measure(puzzle, wrong + text[1:])
+    assert measured == {"accuracy": 0.0, "solved": 0.0, "clues_intact": 1.0}
+    assert task.measure(puzzle, text)["solved"] == 1.0
+    assert task.measure(puzzle, text[:8])["clues_intact"] == 0.0, "cut off by an early EOS"

@@ -7,6 +7,7 @@ of cells is a 16-bit mask with bit i for cell i.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from spg.limits import check_limits
 from spg.tasks.base import SPLITS, Chat, Example, Template
 
 CELLS = 16
+TAG = re.compile(r"</?(?:answer|reasoning)>")
 
 # The 88 solutions of the paper's test puzzles; the other 200 grids are for training.
 HELD_OUT = tuple(  # one text is shorter to read than 88
@@ -279,10 +281,20 @@ class Sudoku:
         }
 
     def answer(self, completion: str) -> str:
-        """Return the digits that a completion answers with: all, or those in its last answer tags."""
+        """Return the 16 cells that a completion answers with.
+
+        Instructed models answer between the last answer tags; from them and from a free completion
+        the digits are taken. In a bare template a cell's place is known: `?` stands for one that
+        holds no digit, and the others stay in place.
+        """
         if self.prompt_style == "instruct":
             head, _, _ = completion.rpartition("</answer>")
             completion = head.rpartition("<answer>")[2] if "<answer>" in head else ""
+        elif self.format == "template":
+            characters = TAG.sub("?", completion)
+            places = (6 * (cell // 4) + cell % 4 + (cell % 4 > 1) for cell in range(CELLS))
+            found = [characters[p : p + 1] for p in places]
+            return "".join(c if c.isdigit() else "?" for c in found if c)
         return "".join(c for c in completion if c.isdigit())
 
 
