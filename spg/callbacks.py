@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from spg.collect import Evaluation
 from spg.console import console
 from spg.module import Training
+from spg.weights import load_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -76,22 +77,39 @@ class Validation(_Every):
         )
 
 
+MOMENTS = ("before", "after", "last")
+
+
 class BeforeAndAfter(pl.Callback):
-    """Evaluates the test half before the first update and after the last."""
+    """Evaluates the test half before the first update, after the last, and at the best checkpoint."""
 
     def __init__(self) -> None:
-        self.before: Evaluation | None = None
-        self.after: Evaluation | None = None
+        self.results: dict[str, Evaluation] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Evaluate the base model."""
         assert isinstance(module, Training)
-        self.before = module.evaluate("test")
+        self.results["before"] = module.evaluate("test")
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Evaluate the trained model."""
+        """Evaluate the model as the last update left it."""
         assert isinstance(module, Training)
-        self.after = module.evaluate("test")
+        self.results["last"] = module.evaluate("test")
+
+    def summary(self, module: Training, best: Path) -> dict[str, Any]:
+        """Return n and every measure at the three MOMENTS with its 95% interval.
+
+        `after` is the checkpoint `best`, chosen on the validation half; the module is left with its
+        weights.
+        """
+        load_checkpoint(module.policy.network, best)
+        self.results["after"] = module.evaluate("test")
+        figures: dict[str, Any] = {"n": len(self.results["after"].texts)}
+        for name in self.results["after"].measures:
+            for moment in MOMENTS:
+                figures[f"{name}.{moment}"] = self.results[moment].mean(name)
+                figures[f"{name}.{moment}.interval"] = list(self.results[moment].interval(name))
+        return figures
 
 
 class Checkpoints(_Every):

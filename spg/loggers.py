@@ -92,8 +92,7 @@ def wandb_logger(project: str, entity: str | None, folder: str | Path, config: A
     offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
     if offline:
         log.info("W&B: no account found, logging offline; `wandb sync` later: %s/wandb/offline-*", folder)
-    logger = WandbLogger(
-        name=Path(folder).name, save_dir=str(folder), project=project, entity=entity, offline=offline
-    )
+    mode = {"mode": "offline"} if offline else {}
+    logger = WandbLogger(name=Path(folder).name, save_dir=str(folder), project=project, entity=entity, **mode)
     logger.experiment.config.update(config)
     return logger

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from spg.collect import Evaluation, evaluate
-from spg.config import build
+from spg.config import ConfigError, build
 from spg.data import PromptStream
 from spg.decoding import Decoder, through_first
 from spg.estimators import ELBO
@@ -138,7 +138,10 @@ def build_policy(cfg: DictConfig) -> Policy:
     if cfg.model.weights == "random":
         return policy
     path = base_weights(cfg) if cfg.model.weights == "base" else Path(cfg.model.weights)
-    load_weights(policy.network, path)
+    try:
+        load_weights(policy.network, path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     log.info("Weights: %s", path)
     return policy
 
@@ -168,6 +171,7 @@ def pretrain(cfg: DictConfig, folder: Path) -> Path:
         max_steps=numbers.steps,
         max_epochs=1,
         logger=False,
+        log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

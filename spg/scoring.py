@@ -18,7 +18,7 @@ from spg.console import console, take_over_logging
 from spg.decoding import Decoder
 from spg.pretraining import build_policy
 from spg.tasks.base import Task
-from spg.weights import load_weights
+from spg.weights import load_checkpoint, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -91,10 +91,3 @@ def models(cfg: DictConfig, network: nn.Module) -> Iterator[str]:
         yield final.name
     if not found:
         raise ConfigError(f"run={cfg.run} holds neither checkpoints nor weights.safetensors yet")
-
-
-def load_checkpoint(network: nn.Module, path: Path) -> None:
-    """Fill `network` with the policy's weights of a checkpoint file."""
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    prefix = "policy.network."
-    network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

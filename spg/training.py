@@ -19,7 +19,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from spg import __version__
-from spg.callbacks import BeforeAndAfter, Checkpoints, ProgressBar, Samples, Validation
+from spg.callbacks import MOMENTS, BeforeAndAfter, Checkpoints, ProgressBar, Samples, Validation
 from spg.config import build, unread_knobs
 from spg.console import console, take_over_logging
 from spg.data import PromptStream
@@ -61,6 +61,7 @@ def train(cfg: DictConfig, folder: Path, started: float) -> dict[str, Any]:
     started: value of time.perf_counter() when the command began.
     """
     take_over_logging()
+    unused = unread_knobs(cfg)  # building parts resolves what they refer to
     keep_freed_memory()
     torch.set_num_threads(cfg.trainer.threads)
     log.info("Run: %s", folder)
@@ -83,6 +84,7 @@ def train(cfg: DictConfig, folder: Path, started: float) -> dict[str, Any]:
             Checkpoints(cfg.trainer.checkpoint_every, folder / "checkpoints", validation),
             Samples(cfg.trainer.samples_every),
         ],
+        log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -96,22 +98,22 @@ def train(cfg: DictConfig, folder: Path, started: float) -> dict[str, Any]:
     trainer.fit(module, DataLoader(stream, batch_size=None))
     save_weights(module.policy.network, folder / "weights.safetensors", {"update": str(module.updates)})
 
+    best = folder / "checkpoints" / "best.ckpt"
     summary = {
-        **_comparison(tested),
+        **tested.summary(module, best),
         "validation.before": validation.history[0][1],
-        "validation.after": validation.history[-1][1],
+        "validation.best": validation.best[1],
+        "validation.last": validation.history[-1][1],
         "best.update": validation.best[0],
-        "best.validation": validation.best[1],
-        "best.checkpoint": str(folder / "checkpoints" / "best.ckpt"),
+        "best.checkpoint": str(best),
         "updates": module.updates,
         "rollouts": module.rollouts,
         "parameters": sum(p.numel() for p in module.policy.parameters()),
         "seconds": time.perf_counter() - started,
         **{f"seconds.{part}": spent for part, spent in module.seconds.items()},
-        "unused_knobs": unread_knobs(cfg),
+        "unused_knobs": unused,
         "seed": cfg.seed,
         "threads": cfg.trainer.threads,
-        "device": str(module.device),
         "versions": {"spg": __version__, "python": platform.python_version()}
         | {name: version(name) for name in LIBRARIES},
         "git_commit": git_commit(),
@@ -121,19 +123,6 @@ def train(cfg: DictConfig, folder: Path, started: float) -> dict[str, Any]:
     curve(folder, title)
     show_summary(summary, folder)
     return summary
-
-
-def _comparison(tested: BeforeAndAfter) -> dict[str, Any]:
-    """Return every measure on the test half before and after training, with 95% intervals."""
-    before, after = tested.before, tested.after
-    assert before is not None
-    assert after is not None
-    figures: dict[str, Any] = {"n": len(after.texts)}
-    for name in after.measures:
-        for moment, result in (("before", before), ("after", after)):
-            figures[f"{name}.{moment}"] = result.mean(name)
-            figures[f"{name}.{moment}.interval"] = list(result.interval(name))
-    return figures
 
 
 def git_commit() -> str | None:
@@ -152,20 +141,19 @@ def git_commit() -> str | None:
 
 
 def show_summary(summary: Mapping[str, Any], folder: Path) -> None:
-    """Print the run's table: accuracy before and after, best checkpoint, where the time went."""
+    """Print the run's table: the test half before and after, best checkpoint, where the time went."""
     table = Table(title=f"Test half, greedy, n = {summary['n']} (95% bootstrap interval)")
     table.add_column("measure")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
-    measures = [key.removesuffix(".before") for key in summary if f"{key}.interval" in summary]
-    for name in (m for m in measures if f"{m}.after" in summary):
-        cells = []
-        for moment in ("before", "after"):
+    for heading in ("before", "after, best", "after, last"):
+        table.add_column(heading, justify="right")
+    for name in [key.removesuffix(".before.interval") for key in summary if key.endswith(".before.interval")]:
+        row = [name.replace("_", " ")]
+        for moment in MOMENTS:
             low, high = summary[f"{name}.{moment}.interval"]
-            cells.append(f"{summary[f'{name}.{moment}']:.3f} ({low:.3f} to {high:.3f})")
-        table.add_row(name.replace("_", " "), *cells)
+            row.append(f"{summary[f'{name}.{moment}']:.3f}\n({low:.3f} to {high:.3f})")
+        table.add_row(*row)
     console.print(table)
-    best = f"update {summary['best.update']}, validation accuracy {summary['best.validation']:.3f}"
+    best = f"update {summary['best.update']}, validation accuracy {summary['validation.best']:.3f}"
     log.info("Best checkpoint: %s (checkpoints/best.ckpt)", best)
     parts = ("rollout", "reward", "update", "evaluation")
     log.info(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -40,3 +41,10 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
             f"{found.get(name, 'missing')} in the file, {own.get(name, 'none')} in the model"
         )
     network.load_state_dict(tensors)
+
+
+def load_checkpoint(network: nn.Module, path: str | Path) -> None:
+    """Fill a network with the policy's weights of a training checkpoint."""
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    prefix = "policy.network."
+    network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

@@ -119,7 +119,8 @@ def test_evaluation_of_a_run_and_of_the_base(quick: Path, tmp_path: Path) -> Non
     summary = json.loads((quick / "summary.json").read_text())
     assert record["n"] == 32, "the run's own evaluation set"
     assert record["results"]["base"]["accuracy"] == summary["accuracy.before"]
-    assert record["results"]["weights.safetensors"]["accuracy"] == summary["accuracy.after"]
+    assert record["results"]["weights.safetensors"]["accuracy"] == summary["accuracy.last"]
+    assert record["results"]["checkpoints/best.ckpt"]["accuracy"] == summary["accuracy.after"]
     assert record["results"]["checkpoints/last.ckpt"] == record["results"]["weights.safetensors"]
     run("evaluate", "task.eval_size=16", "split=heldout", folder=tmp_path / "b")
     record = json.loads((tmp_path / "b" / "evaluation.json").read_text())
@@ -162,7 +163,7 @@ def test_pretraining_where_no_weights_ship_is_said_and_cached(
     card = weights.with_suffix(".md").read_text()
     for words in ("Command: `python -m spg.", "Seed: 0", "Data: ", "accuracy: "):
         assert words in card
-    assert "pretraining" not in run("train", *lines, folder=tmp_path / "b")
+    assert "No base weights" not in run("train", *lines, folder=tmp_path / "b")
 
 
 def test_pretraining_repeats_the_shipped_weights(tmp_path: Path) -> None:
