@@ -77,7 +77,8 @@ def test_head_in_chunks_gives_the_same() -> None:
         results.append((logps.detach(), gradients(policy)))
     assert int(scored.sum()) > 10, "more than two chunks"
     assert torch.allclose(results[0][0], results[1][0], atol=1e-6)
-    assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
+    size = float(results[0][1].abs().max())
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-6 * size)
 
 
 def test_log_probabilities_are_those_of_the_whole_softmax() -> None:
