@@ -152,7 +152,8 @@ class Samples(_Every):
         """Show the samples; the choice derives from the number of updates."""
         experience = module.experience
         assert experience is not None
-        indices = random.Random(module.updates).sample(range(len(experience.rewards)), self.shown)
+        total = len(experience.rewards)
+        indices = random.Random(module.updates).sample(range(total), min(self.shown, total))
         rows = [
             (
                 str(module.task.prompt(experience.rollout.examples[i])),

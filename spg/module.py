@@ -194,7 +194,7 @@ class Training(pl.LightningModule):
         rollout = experience.rollout
         mask = None
         if not bool(rollout.prompt_mask.all()):
-            mask = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.given)], dim=-1)[rows]
+            mask = rollout.attention_mask[rows]
         return self.policy.token_logps(
             samples.tokens[piece], mask, rollout.completion_ids[rows], samples.scored[piece]
         )

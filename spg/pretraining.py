@@ -62,9 +62,8 @@ class Pretraining(pl.LightningModule):
         """Return the mean negative ELBO a token, in nats."""
         targets = as_rollout(self.policy, self.task, examples, self.gen_length)
         samples = self.masking(targets, self.policy.mask_id, generator(self.seed, "pretrain", batch_idx))
-        mask = torch.cat([targets.prompt_mask, torch.ones_like(targets.given)], dim=-1)
         token_logps = self.policy.token_logps(
-            samples.tokens[:, 0], mask, targets.completion_ids, samples.scored[:, 0]
+            samples.tokens[:, 0], targets.attention_mask, targets.completion_ids, samples.scored[:, 0]
         )
         return -self.elbo(token_logps.unsqueeze(1), samples).sum(-1).mean()
 

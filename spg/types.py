@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 
@@ -63,6 +64,11 @@ class Rollout(_Rows):
     def holes(self) -> Tensor:
         """Positions that the policy decided itself, up to and including the first EOS [B T]."""
         return self.completion_mask & ~self.given
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """True at what the policy sees: all but the prompt's padding [B L]."""
+        return torch.cat([self.prompt_mask, torch.ones_like(self.given)], dim=-1)
 
     @property
     def lengths(self) -> Tensor:

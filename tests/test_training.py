@@ -148,8 +148,9 @@ def test_every_method_of_the_command_line_runs(tmp_path: Path) -> None:
     text = run("train", *lines, folder=tmp_path / "a")
     assert "omega=0.25 is read by no selected part" in text
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["unused_knobs"] == ["omega"]
+    two = ["trainer.prompts_per_rollout=1", "group_size=2"]  # fewer sequences than samples are shown
     lines = ["estimator=zero", "advantage=normalized", "algorithm.objective.loss_norm=batch"]
-    run("train", *lines, "trainer.micro_batch_size=40", "experiment=quick", folder=tmp_path / "b")
+    run("train", *lines, "trainer.micro_batch_size=40", "experiment=quick", *two, folder=tmp_path / "b")
 
 
 def test_pretraining_where_no_weights_ship_is_said_and_cached(
