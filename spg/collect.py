@@ -12,7 +12,6 @@ import torch
 from spg.advantages import Advantage
 from spg.decoding import Decoder
 from spg.policy import Policy
-from spg.seeding import derive_seed
 from spg.tasks.base import Example, Task
 from spg.types import Experience, Rollout
 
@@ -28,20 +27,21 @@ def rollout(
 ) -> Rollout:
     """Decode `group_size` completions of each of P examples, B = P * group_size, groups in a row.
 
-    Groups are numbered from `first`. Each sequence's random stream derives from `seed`, its group's
-    number and its place in the group.
+    Groups are numbered from `first`, sequences accordingly; a sequence's random draws derive from
+    `seed` and its number.
     """
     group = torch.arange(first, first + len(examples)).repeat_interleave(group_size)
+    index = torch.arange(first * group_size, (first + len(examples)) * group_size)
     repeated = [example for example in examples for _ in range(group_size)]
     prompts = policy.prepare(
         repeated,
         [task.prompt(example) for example in repeated],
         [task.template(example) for example in repeated],
         group,
+        index,
         decoder.gen_length,
     )
-    seeds = [derive_seed(seed, g, i % group_size) for i, g in enumerate(group.tolist())]
-    return decoder(policy, prompts, torch.tensor(seeds))
+    return decoder(policy, prompts, seed)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spg.limits import check_limits
 from spg.policy import Policy
+from spg.seeding import Streams
 from spg.types import Prompts, Rollout
 
 
@@ -50,11 +51,11 @@ class Decoder:
         self.remasking = remasking
         self.stop_at_eos = stop_at_eos
 
-    def __call__(self, policy: Policy, prompts: Prompts, seeds: Tensor | None = None) -> Rollout:
+    def __call__(self, policy: Policy, prompts: Prompts, seed: int | None = None) -> Rollout:
         """Complete B prompts.
 
-        seeds [B]: start of each row's own random stream, so that the rows beside it change nothing.
-        Raises ValueError where randomness is needed and seeds are missing.
+        seed: random draws derive from (seed, prompts.index), so that the rows beside a row change
+        nothing. Raises ValueError where randomness is needed and the seed is missing.
         """
         batch, width = prompts.ids.shape
         completion = prompts.template.masked_fill(~prompts.given, policy.mask_id)
@@ -66,7 +67,7 @@ class Decoder:
         done = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
         starts = range(0, self.gen_length, self.block_size)
         steps = max(1, self.steps // len(starts))
-        noise = self._noise(batch, len(starts) * steps, seeds, tokens.device)
+        noise = self._noise(prompts.index, len(starts) * steps, seed)
 
         for number, start in enumerate(starts):
             block = slice(start, min(start + self.block_size, self.gen_length))
@@ -75,12 +76,17 @@ class Decoder:
             counts = transfer_counts(remaining.sum(-1), steps)
             for step in counts.any(0).nonzero().flatten().tolist():
                 at = number * steps + step
-                draw, order = (None if n is None else n[:, at, : remaining.shape[1]] for n in noise)
-                ids, confidence = policy.propose(tokens, mask, window, self.temperature, draw)
-                key = (confidence if order is None else order).masked_fill(~remaining, -1.0)
+                rows = counts[:, step].nonzero().flatten()  # the others commit nothing in this step
+                draw, order = (None if n is None else n[rows, at, : remaining.shape[1]] for n in noise)
+                seen = None if mask is None else mask[rows]
+                ids, confidence = policy.propose(tokens[rows], seen, window, self.temperature, draw)
+                key = (confidence if order is None else order).masked_fill(~remaining[rows], -1.0)
                 rank = key.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-                commit = remaining & (rank < counts[:, step, None])
-                tokens[:, window] = torch.where(commit, ids, tokens[:, window])
+                commit = torch.zeros_like(remaining)
+                commit[rows] = remaining[rows] & (rank < counts[rows, step, None])
+                chosen = torch.zeros_like(remaining, dtype=tokens.dtype)
+                chosen[rows] = ids
+                tokens[:, window] = torch.where(commit, chosen, tokens[:, window])
                 commit_step[:, block] = commit_step[:, block].masked_fill(commit, at)
                 remaining = remaining & ~commit
             if self.stop_at_eos:
@@ -98,26 +104,21 @@ class Decoder:
             completion_mask=through_first(completion == policy.eos_id),
             given=prompts.given,
             group=prompts.group,
+            index=prompts.index,
             commit_step=commit_step,
             texts=tuple(policy.text(row) for row in completion),
             examples=prompts.examples,
         )
 
-    def _noise(
-        self, batch: int, steps: int, seeds: Tensor | None, device: torch.device
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _noise(self, index: Tensor, steps: int, seed: int | None) -> tuple[Tensor | None, Tensor | None]:
         """Draw uniform numbers [B S W] for the tokens and for the order, where each is random."""
         wanted = (self.temperature > 0, self.remasking == "random")
         if not any(wanted):
             return None, None
-        if seeds is None:
-            raise ValueError("decoding at temperature > 0 or with remasking=random needs seeds, one a row")
-        streams = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-        shape = (steps, self.block_size)
-
-        def draw() -> Tensor:
-            rows = [torch.rand(shape, generator=stream, dtype=torch.double) for stream in streams]
-            return torch.stack(rows).to(device)
-
-        tokens, order = (draw() if want else None for want in wanted)
+        if seed is None:
+            raise ValueError("decoding at temperature > 0 or with remasking=random needs a seed")
+        streams = Streams(seed, index)
+        tokens, order = (
+            streams.uniform(steps, self.block_size, dtype=torch.double) if want else None for want in wanted
+        )
         return tokens, order

@@ -11,27 +11,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from spg.limits import check_limits
+from spg.seeding import Streams
 from spg.types import MaskedSamples, Rollout
 
 
-def uniform(*shape: int, like: Tensor, generator: Generator) -> Tensor:
-    """Draw float32 numbers [*shape], from 0 to below 1, on the generator's device; moved to `like`'s."""
-    return torch.rand(*shape, generator=generator, device=generator.device).to(like.device)
-
-
-def choose_exactly(candidates: Tensor, counts: Tensor, generator: Generator) -> Tensor:
-    """Pick `counts` [...] of the True positions of `candidates` [... T], uniformly; bool [... T]."""
-    keys = uniform(*candidates.shape, like=candidates, generator=generator)
+def choose_exactly(candidates: Tensor, counts: Tensor, streams: Streams) -> Tensor:
+    """Pick `counts` [B ...] of the True positions of `candidates` [B ... T], uniformly; bool [B ... T]."""
+    keys = streams.uniform(*candidates.shape[1:])
     order = keys.masked_fill(~candidates, 2.0).argsort(-1).argsort(-1)
     return candidates & (order < counts.unsqueeze(-1))
 
 
-def uniform_count(totals: Tensor, generator: Generator) -> Tensor:
-    """Draw a whole number uniform on {1, ..., total} for each of `totals` [...]; 0 where total is 0."""
-    draw = uniform(*totals.shape, like=totals, generator=generator)
+def uniform_count(totals: Tensor, streams: Streams) -> Tensor:
+    """Draw a whole number uniform on {1, ..., total} for each of `totals` [B ...]; 0 where total is 0."""
+    draw = streams.uniform(*totals.shape[1:])
     return ((draw * totals).long() + 1).minimum(totals)
 
 
@@ -49,36 +45,37 @@ class MaskingStrategy(ABC):
         self.region = region
 
     @abstractmethod
-    def draw(self, region: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    def draw(self, region: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
         """Return (masked, scorable), each bool [B M T], for the region [B T].
 
         `masked` is decided for positions of the region only; `scorable` narrows down which of the
         masked ones are scored.
         """
 
-    def __call__(self, rollout: Rollout, mask_id: int, generator: Generator) -> MaskedSamples:
-        """Mask `rollout` (B sequences) M = num_mc times with the draws of `generator`."""
+    def __call__(self, rollout: Rollout, mask_id: int, seed: int) -> MaskedSamples:
+        """Mask `rollout` (B sequences) M = num_mc times; draws derive from (seed, rollout.index)."""
+        streams = Streams(seed, rollout.index)
         holes = ~rollout.given
         region = rollout.holes if self.region == "to_eos" else holes
-        masked, scorable = self.draw(region, generator)
+        masked, scorable = self.draw(region, streams)
         beyond = (holes & ~region).unsqueeze(1)
         scored = masked & scorable
-        prompt = self._mask_prompt(rollout.prompt_mask, generator)
+        prompt = self._mask_prompt(rollout.prompt_mask, streams)
         ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=-1)
         tokens = ids.unsqueeze(1).masked_fill(torch.cat([prompt, masked | beyond], dim=-1), mask_id)
         ratio = scored.sum(-1, keepdim=True).clamp_min(1) / region.sum(-1)[:, None, None].clamp_min(1)
         return MaskedSamples(tokens, scored, scored / ratio, region)
 
-    def _mask_prompt(self, prompt_mask: Tensor, generator: Generator) -> Tensor:
-        b, p = prompt_mask.shape
-        hit = uniform(b, self.num_mc, p, like=prompt_mask, generator=generator) < self.prompt_mask_prob
-        return hit & prompt_mask.unsqueeze(1)
+    def _mask_prompt(self, prompt_mask: Tensor, streams: Streams) -> Tensor:
+        # numbered from the prompt's end, so that padding on the left changes no draw
+        draws = streams.uniform(self.num_mc, prompt_mask.shape[-1]).flip(-1)
+        return (draws < self.prompt_mask_prob) & prompt_mask.unsqueeze(1)
 
 
 class Full(MaskingStrategy):
     """Masks the whole completion: the one-step view of D1 (released name: `all`)."""
 
-    def draw(self, region: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    def draw(self, region: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
         masked = region.unsqueeze(1).expand(-1, self.num_mc, -1)
         return masked, torch.ones_like(masked)
 
@@ -86,9 +83,9 @@ class Full(MaskingStrategy):
 class Random(MaskingStrategy):
     """Masks a uniform number in {1, ..., n} of the region's n positions, anywhere in it."""
 
-    def draw(self, region: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    def draw(self, region: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
         candidates = region.unsqueeze(1).expand(-1, self.num_mc, -1)
-        masked = choose_exactly(candidates, uniform_count(candidates.sum(-1), generator), generator)
+        masked = choose_exactly(candidates, uniform_count(candidates.sum(-1), streams), streams)
         return masked, torch.ones_like(masked)
 
 
@@ -119,19 +116,19 @@ class _BlockWise(MaskingStrategy):
         self.scored_positions = scored_positions
 
     @abstractmethod
-    def count(self, totals: Tensor, generator: Generator) -> Tensor:
+    def count(self, totals: Tensor, streams: Streams) -> Tensor:
         """Return how many of the picked block's `totals` [B M] positions to mask, [B M]."""
 
-    def draw(self, region: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    def draw(self, region: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
         block = torch.arange(region.shape[-1], device=region.device) // self.block_size
-        picked = self._pick(region, block, generator).unsqueeze(-1)
+        picked = self._pick(region, block, streams).unsqueeze(-1)
         inside = region.unsqueeze(1) & (block == picked)
-        masked = choose_exactly(inside, self.count(inside.sum(-1), generator), generator)
-        noise = uniform(*masked.shape, like=region, generator=generator) < self.prompt_mask_prob
+        masked = choose_exactly(inside, self.count(inside.sum(-1), streams), streams)
+        noise = streams.uniform(*masked.shape[1:]) < self.prompt_mask_prob
         masked = masked | (region.unsqueeze(1) & ((block > picked) | ((block < picked) & noise)))
         return masked, torch.ones_like(masked) if self.scored_positions == "masked" else inside
 
-    def _pick(self, region: Tensor, block: Tensor, generator: Generator) -> Tensor:
+    def _pick(self, region: Tensor, block: Tensor, streams: Streams) -> Tensor:
         """Draw the number of the picked block for each sequence and draw, [B M]."""
         batch, num_blocks = region.shape[0], int(block[-1]) + 1
         occupied = torch.zeros(batch, num_blocks, dtype=torch.long, device=region.device)
@@ -141,7 +138,7 @@ class _BlockWise(MaskingStrategy):
         listed = (~occupied).long().argsort(dim=-1, stable=True)
         released = self.block_choice == "released"
         rounds = -(-self.num_mc // num_blocks) if released else self.num_mc
-        keys = uniform(batch, rounds, num_blocks, like=region, generator=generator)
+        keys = streams.uniform(rounds, num_blocks)
         if released:
             entries = (keys.argsort(-1) % eligible[:, None, None]).flatten(1)[:, : self.num_mc]
             return listed.gather(1, entries)
@@ -156,12 +153,12 @@ class _BlockWise(MaskingStrategy):
 class BlockRandom(_BlockWise):
     """Masks a uniform number in {1, ..., k} of the picked block's k positions (paper's default)."""
 
-    def count(self, totals: Tensor, generator: Generator) -> Tensor:
-        return uniform_count(totals, generator)
+    def count(self, totals: Tensor, streams: Streams) -> Tensor:
+        return uniform_count(totals, streams)
 
 
 class BlockAll(_BlockWise):
     """Masks the whole picked block."""
 
-    def count(self, totals: Tensor, generator: Generator) -> Tensor:
+    def count(self, totals: Tensor, streams: Streams) -> Tensor:
         return totals

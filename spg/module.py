@@ -25,7 +25,7 @@ from spg.limits import check_limits
 from spg.masking import MaskingStrategy
 from spg.objectives import Objective
 from spg.policy import Policy
-from spg.seeding import derive_seed, generator
+from spg.seeding import derive_seed
 from spg.tasks.base import Example, Task
 from spg.types import Experience, MaskedSamples
 
@@ -110,8 +110,8 @@ class Training(pl.LightningModule):
         )
         self.record(self._rollout_metrics(experience, timing), self.updates + 1)
         for inner in range(min(self.mu, self.max_updates - self.updates)):
-            draws = generator(self.seed, "masks", self.rollouts, inner)
-            samples = self.masking(experience.rollout, self.policy.mask_id, draws)
+            seed = derive_seed(self.seed, "masks", self.rollouts, inner)
+            samples = self.masking(experience.rollout, self.policy.mask_id, seed)
             started = time.perf_counter()
             metrics = self.update(experience, samples)
             metrics["time/update"] = time.perf_counter() - started

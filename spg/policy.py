@@ -84,12 +84,13 @@ class Policy(nn.Module):
         prompts: Sequence[str | Chat],
         templates: Sequence[Template | None],
         group: Tensor,
+        index: Tensor,
         gen_length: int,
     ) -> Prompts:
         """Tokenise B prompts and templates, pad them, and put them on the policy's device.
 
-        group [B]: number of each sequence's prompt. A completion shorter than `gen_length` tokens
-        ends in given EOS. Raises ValueError where a template is longer than that.
+        group [B]: number of each sequence's prompt; index [B]: of the sequence itself. A completion
+        shorter than `gen_length` tokens ends in given EOS. Raises ValueError where a template is longer.
         """
         encoded = [self.encode(prompt) for prompt in prompts]
         width = max(len(ids) for ids in encoded)
@@ -100,6 +101,7 @@ class Policy(nn.Module):
             template=self._tensor([ids for ids, _ in completions]),
             given=self._tensor([given for _, given in completions]).bool(),
             group=group.to(self.device),
+            index=index.to(self.device),
             examples=tuple(examples),
         )
 
@@ -124,8 +126,9 @@ class Policy(nn.Module):
         tokens [N L] with [MASK] in place; mask [N L] True at real tokens, or None; targets and
         scored [N T] belong to the last T positions.
         """
-        hidden = self.network.hidden(tokens, mask)[:, -targets.shape[1] :]
-        picked, wanted = hidden[scored], targets[scored]
+        width = tokens.shape[1] - targets.shape[1]
+        picked = self.network.hidden(tokens, mask, F.pad(scored, (width, 0)))
+        wanted = targets[scored]
         if len(picked) <= self.head_chunk:
             logps = self._log_softmax_at(picked, wanted)
         else:
@@ -156,16 +159,26 @@ class Policy(nn.Module):
         head that belong to no token are never chosen. Returns ids [N W] and
         their probability at temperature 1, without noise, [N W].
         """
-        logits = self.network.logits(self.network.hidden(tokens, mask)[:, window]).float()
+        # equal rows, as the completions of one prompt are at first, are computed once
+        rows = tokens if mask is None else 2 * tokens + mask
+        distinct, which = torch.unique(rows, dim=0, return_inverse=True)
+        first = torch.zeros_like(distinct[:, 0]).scatter(
+            0, which, torch.arange(len(rows), device=rows.device)
+        )
+        tokens, mask = tokens[first], None if mask is None else mask[first]
+        at = torch.zeros_like(tokens, dtype=torch.bool)
+        at[:, window] = True
+        logits = self.network.logits(self.network.hidden(tokens, mask, at)).float()
+        logits = logits.view(len(tokens), -1, logits.shape[-1])
         allowed = logits.masked_fill(self._never_chosen(logits.shape[-1], logits.device), -torch.inf)
         if temperature == 0 or noise is None:
-            ids = allowed.argmax(-1)
+            ids = allowed.argmax(-1)[which]
         else:
-            cumulative = (allowed.double() / temperature).softmax(-1).cumsum(-1)
+            cumulative = (allowed.double() / temperature).softmax(-1).cumsum(-1)[which]
             threshold = noise.double().unsqueeze(-1) * cumulative[..., -1:]
             ids = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
             ids = ids.clamp_max(logits.shape[-1] - 1)
-        return ids, logits.softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        return ids, logits.softmax(-1)[which].gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
     def _never_chosen(self, rows: int, device: torch.device) -> Tensor:
         if self._never is not None and self._never.device == device:

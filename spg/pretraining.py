@@ -29,7 +29,7 @@ from spg.decoding import Decoder, through_first
 from spg.estimators import ELBO
 from spg.masking import Random
 from spg.policy import Policy
-from spg.seeding import generator
+from spg.seeding import derive_seed
 from spg.tasks.base import Example, Task
 from spg.types import Rollout
 from spg.weights import load_weights, save_weights
@@ -37,7 +37,7 @@ from spg.weights import load_weights, save_weights
 log = logging.getLogger(__name__)
 
 # raised when the same settings begin to mean other weights
-VERSION = 1
+VERSION = 2
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -61,7 +61,7 @@ class Pretraining(pl.LightningModule):
     def training_step(self, examples: list[Example], batch_idx: int) -> Tensor:
         """Return the mean negative ELBO a token, in nats."""
         targets = as_rollout(self.policy, self.task, examples, self.gen_length)
-        samples = self.masking(targets, self.policy.mask_id, generator(self.seed, "pretrain", batch_idx))
+        samples = self.masking(targets, self.policy.mask_id, derive_seed(self.seed, "pretrain", batch_idx))
         token_logps = self.policy.token_logps(
             samples.tokens[:, 0], targets.attention_mask, targets.completion_ids, samples.scored[:, 0]
         )
@@ -82,11 +82,14 @@ def as_rollout(policy: Policy, task: Task, examples: list[Example], gen_length: 
         [task.prompt(example) for example in examples],
         templates,
         torch.arange(len(examples)),
+        torch.arange(len(examples)),
         gen_length,
     )
     texts = [task.target(example) for example in examples]
     # `prepare` lays a wholly given completion out, padded with EOS
-    solved = policy.prepare(examples, texts, [(text,) for text in texts], prompts.group, gen_length)
+    solved = policy.prepare(
+        examples, texts, [(text,) for text in texts], prompts.group, prompts.index, gen_length
+    )
     completion = solved.template
     return Rollout(
         prompt_ids=prompts.ids,
@@ -95,6 +98,7 @@ def as_rollout(policy: Policy, task: Task, examples: list[Example], gen_length: 
         completion_mask=through_first(completion == policy.eos_id),
         given=prompts.given,
         group=prompts.group,
+        index=prompts.index,
         commit_step=torch.full_like(completion, -1),
         texts=tuple(texts),
         examples=tuple(examples),

@@ -42,7 +42,8 @@ class Prompts(_Rows):
     mask: Tensor  # [B P] True at real prompt tokens
     template: Tensor  # [B T] given tokens in place; what stands in a hole is ignored
     given: Tensor  # [B T] True where the completion's token is given
-    group: Tensor  # [B] number of the prompt that the sequence belongs to
+    group: Tensor  # [B] number of the prompt that the sequence belongs to, over all processes
+    index: Tensor  # [B] number of the sequence, over all processes; its random draws derive from it
     examples: tuple[Mapping[str, Any], ...]  # the task's items, one a sequence
 
 
@@ -55,7 +56,8 @@ class Rollout(_Rows):
     completion_ids: Tensor  # [B T]
     completion_mask: Tensor  # [B T] True up to and including the first EOS
     given: Tensor  # [B T] template tokens: never masked, decoded or scored
-    group: Tensor  # [B] number of the prompt that the sequence belongs to
+    group: Tensor  # [B] number of the prompt that the sequence belongs to, over all processes
+    index: Tensor  # [B] number of the sequence, over all processes; its random draws derive from it
     commit_step: Tensor  # [B T] decoding step that fixed the token, -1 where none did
     texts: tuple[str, ...]  # the completions, up to their EOS
     examples: tuple[Mapping[str, Any], ...]  # the task's items, one a sequence

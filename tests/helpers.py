@@ -62,6 +62,7 @@ def rollout_of(
         completion_mask=completion_mask,
         given=torch.zeros_like(holes) if given is None else given,
         group=torch.zeros(b, dtype=torch.long) if group is None else group,
+        index=torch.arange(b),
         commit_step=torch.zeros(b, t, dtype=torch.long),
         texts=("",) * b,
         examples=({},) * b,
@@ -119,5 +120,6 @@ def open_prompts(ids: Tensor, length: int, mask: Tensor | None = None) -> Prompt
         template=torch.zeros(n, length, dtype=torch.long),
         given=torch.zeros(n, length, dtype=torch.bool),
         group=torch.arange(n),
+        index=torch.arange(n),
         examples=({},) * n,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from spg.decoding import Decoder
 from spg.policy import Policy
+from spg.seeding import Streams
 from spg.types import Prompts, Rollout
 from tests.helpers import golden_policy, open_prompts, small_policy
 
@@ -26,7 +28,7 @@ def alone(prompts: Prompts, row: int) -> Prompts:
     """Return one prompt without its padding."""
     one = prompts.select(torch.tensor([row]))
     keep = one.mask[0]
-    return Prompts(one.ids[:, keep], one.mask[:, keep], one.template, one.given, one.group, one.examples)
+    return dataclasses.replace(one, ids=one.ids[:, keep], mask=one.mask[:, keep])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -34,24 +36,25 @@ def alone(prompts: Prompts, row: int) -> Prompts:
 def test_rows_of_a_batch_decode_as_they_would_alone(temperature: float, remasking: str) -> None:
     policy = small_policy()
     decoder = Decoder(12, 4, 6, temperature, remasking, stop_at_eos=False)
-    seeds = torch.tensor([11, 12, 13, 14])
-    together = decoder(policy, ragged(), seeds)
+    together = decoder(policy, ragged(), 11)
     for row in range(4):
-        single = decoder(policy, alone(ragged(), row), seeds[row : row + 1])
+        single = decoder(policy, alone(ragged(), row), 11)
         assert torch.equal(single.completion_ids[0], together.completion_ids[row])
         assert torch.equal(single.commit_step[0], together.commit_step[row])
 
 
-def test_each_row_follows_its_own_seed_wherever_it_stands() -> None:
+def test_each_row_follows_its_own_stream_wherever_it_stands() -> None:
     policy = small_policy()
     decoder = Decoder(12, 4, 6, 1.0, stop_at_eos=False)
-    seeds, order = torch.tensor([0, 1, 2, 3]), torch.tensor([2, 0, 3, 1])
-    first = decoder(policy, ragged(), seeds)
-    moved = decoder(policy, ragged().select(order), seeds[order])
+    order = torch.tensor([2, 0, 3, 1])
+    first = decoder(policy, ragged(), 0)
+    moved = decoder(policy, ragged().select(order), 0)
     assert torch.equal(moved.completion_ids, first.completion_ids[order])
-    others = decoder(policy, ragged(), torch.tensor([0, 51, 2, 53]))
+    renumbered = dataclasses.replace(ragged(), index=torch.tensor([0, 51, 2, 53]))
+    others = decoder(policy, renumbered, 0)
     same = (others.completion_ids == first.completion_ids).all(-1)
     assert same.tolist() == [True, False, True, False]
+    assert not (decoder(policy, ragged(), 1).completion_ids == first.completion_ids).all(-1).any()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -78,7 +81,7 @@ def test_random_remasking_commits_every_position_equally() -> None:
     policy = small_policy()
     n = 3000
     prompts = open_prompts(torch.full((n, 1), 5), 4)
-    rollout = Decoder(4, 4, 4, remasking="random", stop_at_eos=False)(policy, prompts, torch.arange(n))
+    rollout = Decoder(4, 4, 4, remasking="random", stop_at_eos=False)(policy, prompts, 0)
     first = (rollout.commit_step == 0).float().mean(0)
     assert torch.allclose(first, torch.full((4,), 0.25), atol=0.04)
 
@@ -89,7 +92,7 @@ def test_blocks_share_no_randomness() -> None:
     with torch.no_grad():
         policy.network.get_parameter("model.transformer.ff_out.weight").zero_()  # 31 tokens, all alike
     prompts = open_prompts(torch.full((n, 1), 5), 8)
-    rollout = Decoder(8, 4, 8, 1.0, "random", stop_at_eos=False)(policy, prompts, torch.arange(n))
+    rollout = Decoder(8, 4, 8, 1.0, "random", stop_at_eos=False)(policy, prompts, 0)
     same_order = (rollout.commit_step[:, :4] + 4 == rollout.commit_step[:, 4:]).all(-1).float().mean()
     assert float(same_order) == pytest.approx(1 / 24, abs=0.03)
     same_token = (rollout.completion_ids[:, :4] == rollout.completion_ids[:, 4:]).float().mean()
@@ -138,17 +141,10 @@ def test_low_confidence_commits_the_likeliest_first() -> None:
     assert torch.equal(tokens[:, 7:], rollout.completion_ids)
 
 
-def with_template(given: list[bool], token: int = 9) -> Prompts:
-    prompts = open_prompts(torch.full((3, 2), 5), len(given))
+def with_template(given: list[bool], token: int = 9, prompt: Tensor | None = None) -> Prompts:
+    prompts = open_prompts(torch.full((3, 2), 5) if prompt is None else prompt, len(given))
     mask = torch.tensor(given).expand(3, -1)
-    return Prompts(
-        prompts.ids,
-        prompts.mask,
-        torch.full_like(mask, token, dtype=torch.long),
-        mask,
-        prompts.group,
-        ({},) * 3,
-    )
+    return dataclasses.replace(prompts, template=torch.full_like(mask, token, dtype=torch.long), given=mask)
 
 
 def test_given_tokens_stay_and_only_holes_are_decoded() -> None:
@@ -202,13 +198,19 @@ class Ending(Policy):
     ) -> tuple[Tensor, Tensor]:
         self.calls += 1
         position = torch.arange(window.start, window.stop) - 2
-        ids = torch.where(position == self.ends.unsqueeze(-1), self.eos_id, 7)
-        return ids, torch.rand(ids.shape, generator=torch.Generator().manual_seed(0))
+        rows = tokens[:, 0] - 5
+        ids = torch.where(position == self.ends[rows].unsqueeze(-1), self.eos_id, 7)
+        return ids, Streams(0, rows).uniform(ids.shape[1])
+
+
+def numbered(n: int) -> Tensor:
+    """Prompts [n 2] that tell their rows apart."""
+    return (5 + torch.arange(n)).unsqueeze(-1).expand(n, 2)
 
 
 def decode_ending(ends: list[int], stop: bool) -> tuple[Rollout, int]:
     policy = Ending(ends)
-    prompts = open_prompts(torch.full((len(ends), 2), 5), 16)
+    prompts = open_prompts(numbered(len(ends)), 16)
     rollout = Decoder(16, 4, 8, stop_at_eos=stop)(policy, prompts)
     return rollout, policy.calls
 
@@ -241,7 +243,7 @@ def test_stopping_early_with_a_real_network() -> None:
 def test_stopping_early_spares_the_given_tokens_behind() -> None:
     policy = Ending([1, 1, 1])
     given = [True, False, False, False, True, False, True, False]
-    rollout = Decoder(8, 4, 4)(policy, with_template(given))
+    rollout = Decoder(8, 4, 4)(policy, with_template(given, prompt=numbered(3)))
     assert policy.calls == 2, "three holes in the first block's two steps, nothing after"
     eos = policy.eos_id
     assert rollout.completion_ids.tolist() == [[9, eos, 7, 7, 9, eos, 9, eos]] * 3
@@ -250,8 +252,8 @@ def test_stopping_early_spares_the_given_tokens_behind() -> None:
 
 
 @pytest.mark.parametrize(("temperature", "remasking"), [(0.9, "low_confidence"), (0.0, "random")])
-def test_randomness_needs_seeds(temperature: float, remasking: str) -> None:
-    with pytest.raises(ValueError, match="needs seeds, one a row"):
+def test_randomness_needs_a_seed(temperature: float, remasking: str) -> None:
+    with pytest.raises(ValueError, match="needs a seed"):
         Decoder(8, 4, 4, temperature, remasking)(small_policy(), ragged())
 
 

@@ -39,7 +39,7 @@ def batch(seed: int) -> tuple[Experience, MaskedSamples]:
         prompt_ids=torch.randint(5, 28, (b, 4), generator=g),
         completion_ids=torch.randint(5, 28, (b, t), generator=g),
     )
-    samples = BlockRandom(4, num_mc)(experience.rollout, MASK, g)
+    samples = BlockRandom(4, num_mc)(experience.rollout, MASK, seed)
     return experience, samples
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -29,10 +30,6 @@ def strategy_of(args: dict[str, Any], **more: Any) -> MaskingStrategy:
     made = {"block_random": BlockRandom, "block_all": BlockAll, "random": Random, "all": Full}
     blocks = {"block_size": args["block_length"]} if "block" in args["forward_type"] else {}
     return made[args["forward_type"]](**blocks, **common)
-
-
-def fixed() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def repeated(length: int, total: int, prompt: int) -> Rollout:
@@ -63,7 +60,7 @@ def test_frequencies_are_those_of_the_reference(setting: str, row: int) -> None:
     length, draws = expected["length"], expected["n_draws"]
     inside = torch.arange(total) < length
     rollout = repeated(length, total, prompt)
-    samples = strategy_of(args)(rollout, MASK, torch.Generator().manual_seed(1))
+    samples = strategy_of(args)(rollout, MASK, 1)
     masked = (samples.tokens == MASK)[:, :, prompt:]
     assert torch.equal(samples.scored, masked & inside)
     assert same_distribution(samples.scored.sum(-1).flatten(), expected["n_masked_before_eos"], draws)
@@ -75,7 +72,7 @@ def test_frequencies_are_those_of_the_reference(setting: str, row: int) -> None:
         return
     # the same draws without noise in the clean blocks: the picked one is the first with a mask
     clean = strategy_of(args, prompt_mask_prob=0.0)
-    plain = clean(rollout, MASK, torch.Generator().manual_seed(1)).scored
+    plain = clean(rollout, MASK, 1).scored
     assert not (plain & ~samples.scored).any()
     block = torch.arange(total) // size
     picked = block[plain.float().argmax(-1)]
@@ -111,16 +108,14 @@ def test_frequencies_are_those_of_the_reference(setting: str, row: int) -> None:
 
 
 def test_every_position_of_the_picked_block_is_masked_alike() -> None:
-    samples = BlockRandom(4, 1, 0.0, scored_positions="block")(
-        repeated(16, 16, 2), MASK, torch.Generator().manual_seed(0)
-    )
+    samples = BlockRandom(4, 1, 0.0, scored_positions="block")(repeated(16, 16, 2), MASK, 0)
     frequency = samples.scored.float().mean((0, 1))
     assert torch.allclose(frequency, torch.full((16,), 2.5 / 4 / 4), atol=0.015)
 
 
 def picked_blocks(strategy: MaskingStrategy, rollout: Rollout, size: int, seed: int = 0) -> Tensor:
     """Return the first block [B M] that holds a scored position."""
-    samples = strategy(rollout, MASK, torch.Generator().manual_seed(seed))
+    samples = strategy(rollout, MASK, seed)
     return samples.scored.float().argmax(-1) // size
 
 
@@ -157,7 +152,7 @@ def test_released_rounds_where_the_completion_ends_early() -> None:
 
 def test_scored_positions_of_the_picked_block_only() -> None:
     rollout = repeated(16, 16, 2)
-    samples = BlockRandom(4, 2, 0.15, scored_positions="block")(rollout, MASK, fixed())
+    samples = BlockRandom(4, 2, 0.15, scored_positions="block")(rollout, MASK, 0)
     blocks = torch.arange(16) // 4
     first, last = samples.scored.float().argmax(-1), 15 - samples.scored.flip(-1).float().argmax(-1)
     assert torch.equal(blocks[first], blocks[last])
@@ -167,7 +162,7 @@ def test_scored_positions_of_the_picked_block_only() -> None:
 
 
 def test_region_all_scores_what_follows_eos() -> None:
-    samples = Full(1, 0.0, region="all")(repeated(5, 16, 2), MASK, fixed())
+    samples = Full(1, 0.0, region="all")(repeated(5, 16, 2), MASK, 0)
     assert bool(samples.scored.all())
     assert int(samples.lengths[0]) == 16
 
@@ -188,7 +183,7 @@ def test_sequence_without_holes_is_left_alone() -> None:
     rollout = rollout_of(holes, given=~holes, completion_mask=~holes)
     experience = Experience(rollout, torch.ones(2), {}, torch.tensor([1.0, -1.0]))
     for strategy in (Full(2), Random(2), BlockRandom(4, 2), BlockAll(4, 2, block_choice="uniform")):
-        samples = strategy(rollout, MASK, fixed())
+        samples = strategy(rollout, MASK, 0)
         assert not samples.scored.any()
         assert not samples.weight.any()
         logps = torch.full((2, 2, 8), -1.0, requires_grad=True)
@@ -232,7 +227,7 @@ STRATEGIES = [
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(rollouts(), st.sampled_from(STRATEGIES), st.integers(0, 1000))
 def test_what_always_holds(rollout: Rollout, strategy: MaskingStrategy, seed: int) -> None:
-    samples: MaskedSamples = strategy(rollout, MASK, torch.Generator().manual_seed(seed))
+    samples: MaskedSamples = strategy(rollout, MASK, seed)
     prompt = rollout.prompt_ids.shape[1]
     masked = samples.tokens == MASK
     completion = masked[:, :, prompt:]
@@ -258,3 +253,23 @@ def test_limits() -> None:
         Full(num_mc=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="block_choice='fair'"):
         BlockRandom(4, block_choice="fair")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(rollouts(), st.sampled_from(STRATEGIES), st.integers(0, 1000), st.integers(1, 3))
+def test_neighbours_and_padding_change_no_draw(
+    rollout: Rollout, strategy: MaskingStrategy, seed: int, extra: int
+) -> None:
+    """What lets several processes, each with its own groups, draw the masks of one with all of them."""
+    whole = strategy(rollout, MASK, seed)
+    rows = torch.arange(len(rollout.texts)).flip(0)[:2]
+    part = strategy(rollout.select(rows), MASK, seed)
+    for name in ("tokens", "scored", "weight"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[rows])
+    pad = torch.zeros(len(rollout.texts), extra, dtype=torch.long)
+    padded = dataclasses.replace(
+        rollout,
+        prompt_ids=torch.cat([pad, rollout.prompt_ids], -1),
+        prompt_mask=torch.cat([pad.bool(), rollout.prompt_mask], -1),
+    )
+    assert torch.equal(strategy(padded, MASK, seed).tokens[:, :, extra:], whole.tokens)

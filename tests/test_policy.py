@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from spg.models.llada import LLaDA, LLaDAConfig
+from spg.models.llada import LLaDA, LLaDAConfig, RMSNorm, _Normalize, attend
 from spg.models.tokenizer import CHARACTERS, TAGS, tiny_tokenizer
 from spg.policy import Policy
 from tests.helpers import small_policy
@@ -43,7 +44,7 @@ def test_text_that_cannot_be_written_is_refused() -> None:
 def test_templates_are_laid_out_and_padded_with_given_eos() -> None:
     policy = small_policy()
     prompts = policy.prepare(
-        [{}, {}], ["1", "1234"], [("<answer>", 2, "3"), None], torch.tensor([0, 1]), gen_length=6
+        [{}, {}], ["1", "1234"], [("<answer>", 2, "3"), None], torch.arange(2), torch.arange(2), 6
     )
     assert prompts.mask.tolist() == [[False, False, False, True], [True] * 4]
     assert prompts.given.tolist() == [[True, False, False, True, True, True], [False] * 6]
@@ -51,7 +52,7 @@ def test_templates_are_laid_out_and_padded_with_given_eos() -> None:
     expected = [tag, policy.mask_id, policy.mask_id, three, policy.eos_id, policy.eos_id]
     assert prompts.template[0].tolist() == expected
     with pytest.raises(ValueError, match=r"7 tokens, but gen_length=6; raise gen_length"):
-        policy.prepare([{}], ["1"], [("1234567",)], torch.tensor([0]), 6)
+        policy.prepare([{}], ["1"], [("1234567",)], torch.zeros(1), torch.zeros(1), 6)
 
 
 def test_text_ends_at_eos() -> None:
@@ -163,3 +164,80 @@ def test_a_tokenizer_without_a_needed_token_is_refused(token: str) -> None:
     setattr(tokenizer, token, None)
     with pytest.raises(ValueError, match=f"no {token}_id; masked diffusion needs mask, EOS and pad"):
         Policy(small_policy().network, tokenizer)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_states_of_some_positions_are_those_of_the_whole(padded: bool) -> None:
+    """The last layer computes what is asked for; values and gradients are those of all positions."""
+    g = torch.Generator().manual_seed(3)
+    network = small_policy().network
+    ids = torch.randint(5, 28, (5, 9), generator=g)
+    mask = torch.arange(9) >= torch.tensor([[0], [2], [4], [1], [0]]) if padded else None
+    at = torch.rand(5, 9, generator=g) < 0.3
+    at[2] = False
+    weights = torch.randn(int(at.sum()), 32, generator=g)
+    results = []
+    for states in (network.hidden(ids, mask)[at], network.hidden(ids, mask, at)):
+        network.zero_grad()
+        (states * weights).sum().backward()
+        results.append(
+            (
+                states.detach(),
+                torch.cat([p.grad.flatten() for p in network.model.transformer.blocks.parameters()]),
+            )
+        )
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-4)
+
+
+def test_short_attention_is_the_fused_one() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 7, 8, generator=g, requires_grad=True) for _ in range(3))
+    visible = (torch.arange(7) >= torch.tensor([[0], [3]]))[:, None, None, :]
+    for bias in (None, visible):
+        ours, theirs = attend(q, k, v, bias), F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        assert torch.allclose(ours, theirs, atol=1e-6)
+        weights = torch.randn(ours.shape, generator=g)
+        pairs = zip(
+            torch.autograd.grad((ours * weights).sum(), (q, k, v)),
+            torch.autograd.grad((theirs * weights).sum(), (q, k, v)),
+            strict=True,
+        )
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
+def test_normalisation_is_the_library_s() -> None:
+    norm = RMSNorm(16, 1e-5)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    ours, theirs = norm(x), F.rms_norm(x, (16,), norm.weight, 1e-5)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
+    inputs = (x, norm.weight)
+    for a, b in zip(
+        torch.autograd.grad((ours * weights).sum(), inputs),
+        torch.autograd.grad((theirs * weights).sum(), inputs),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, atol=1e-5)
+    exact = x.detach().double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: _Normalize.apply(x, 1e-5), (exact,))
+
+
+def test_equal_rows_are_computed_once_and_proposed_each_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = small_policy()
+    rows = torch.tensor([[5, 6, 2], [7, 6, 2], [5, 6, 2], [7, 6, 2], [5, 6, 2]])
+    mask = torch.ones_like(rows, dtype=torch.bool)
+    mask[4, 0] = False
+    noise = torch.rand(5, 1, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    apart = [
+        policy.propose(rows[i : i + 1], mask[i : i + 1], slice(2, 3), 1.0, noise[i : i + 1]) for i in range(5)
+    ]
+    seen = []
+    original = policy.network.hidden
+    monkeypatch.setattr(policy.network, "hidden", lambda *a: seen.append(len(a[0])) or original(*a))
+    ids, confidence = policy.propose(rows, mask, slice(2, 3), 1.0, noise)
+    assert seen == [3]
+    assert torch.equal(ids, torch.cat([i for i, _ in apart]))
+    assert torch.allclose(confidence, torch.cat([c for _, c in apart]), atol=1e-6)

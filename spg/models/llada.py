@@ -8,6 +8,7 @@ published checkpoints (`model.transformer.blocks.N.q_proj.weight` and so on).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from spg.limits import check_limits
 from spg.models.network import Network
+
+SHORT = 64  # positions up to which plain attention is the faster one on CPU
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,25 @@ class LLaDAConfig:
             )
 
 
+class _Normalize(torch.autograd.Function):
+    """x / rms(x) over the last axis, with a backward pass of half the composite's passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        width = x.shape[-1]
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(width).add_(eps).rsqrt_()
+        normal = x * scale
+        ctx.save_for_backward(normal, scale)
+        return normal
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        normal, scale = ctx.saved_tensors
+        (gradient,) = gradients
+        shared = (gradient * normal).mean(-1, keepdim=True)
+        return torch.addcmul(gradient, normal, shared, value=-1).mul_(scale), None
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last axis, computed in float32."""
 
@@ -58,14 +80,33 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [... D]."""
-        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+        if x.device.type == "cpu":
+            normal = _Normalize.apply(x.float(), self.eps)  # type: ignore[no-untyped-call]
+        else:
+            normal = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
+        return normal.to(x.dtype) * self.weight
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to x [N H L d] with tables [L d], in float32, halves paired."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x * cos + turned * sin).to(x.dtype)
+    """Apply rotary positions to x [N H L d] with tables [... L d], in float32, halves paired."""
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    # `sin` carries the sign of the first half; the joined tensor first, since the result takes its layout
+    return torch.addcmul(torch.cat([second, first], dim=-1) * sin, wide, cos).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)) v [N H Q d] of q [N H Q d] and k, v [N H L d].
+
+    visible [N 1 1 L]: True at keys that may be seen, or None. On CPU the fused kernel is made for long
+    sequences: on short ones plain products take half its time.
+    """
+    if q.device.type != "cpu" or k.shape[-2] > SHORT:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    return torch.matmul(scores.softmax(-1), v)
 
 
 class Block(nn.Module):
@@ -75,7 +116,7 @@ class Block(nn.Module):
         super().__init__()
         width, head = config.d_model, config.d_model // config.n_heads
         self.head_width = head
-        self.grouped = config.n_kv_heads != config.n_heads
+        self.repeats = config.n_heads // config.n_kv_heads
         self.attn_norm = RMSNorm(width, config.rms_norm_eps)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, config.n_kv_heads * head, bias=False)
@@ -86,18 +127,41 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, config.mlp_hidden_size, bias=False)
         self.ff_out = nn.Linear(config.mlp_hidden_size, width, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
-        """Map hidden states [N L D]; `bias` [N 1 1 L] is True at the positions that may be seen."""
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor | None, at: Tensor | None = None
+    ) -> Tensor:
+        """Map hidden states [N L D]; `visible` [N 1 1 L] is True at the positions that may be seen.
+
+        at [N L]: True at the S positions to compute; the result is then [S D].
+        """
         h = self.attn_norm(x)
-        q, k, v = (self._heads(p(h)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=self.grouped)
-        x = x + self.attn_out(attended.transpose(1, 2).flatten(2))
+        k, v = self._heads(self.k_proj(h)), self._heads(self.v_proj(h))
+        k = rotate(k, *rotary)
+        if self.repeats > 1:
+            k, v = (t.repeat_interleave(self.repeats, dim=1) for t in (k, v))
+        if at is not None:
+            places, kept = _packed(at)
+            cos, sin = (table[places].unsqueeze(1) for table in rotary)
+            rotary = (cos, sin)
+            x, h = x[at], h.gather(1, places.unsqueeze(-1).expand(-1, -1, h.shape[-1]))
+        q = rotate(self._heads(self.q_proj(h)), *rotary)
+        attended = attend(q, k, v, visible).transpose(1, 2).flatten(2)
+        x = x + self.attn_out(attended if at is None else attended[kept])
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_width).transpose(1, 2)
+
+
+def _packed(at: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's True positions of `at` [N L], filled up with others to the fullest row's K.
+
+    Both results are [N K]: the positions, in ascending order, and True where one was asked for.
+    """
+    most = max(1, int(at.sum(-1).max()))
+    places = at.byte().argsort(dim=-1, descending=True, stable=True)[:, :most]
+    return places, at.gather(1, places)
 
 
 class Transformer(nn.Module):
@@ -142,8 +206,8 @@ class LLaDA(Network):
                 std = parameter.shape[1] ** -0.5 / (depth if into_residual else 1)
                 nn.init.normal_(parameter, std=std, generator=generator)
 
-    def hidden(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the final hidden states [N L D] of `ids` [N L].
+    def hidden(self, ids: Tensor, attention_mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """Return the final hidden states [N L D] of `ids` [N L], or [S D] of the positions `at` [N L].
 
         attention_mask [N L]: True at real tokens; padding is seen by no position, and rotary
         positions are relative, so that a padded row equals the row alone. None: nothing is padded.
@@ -151,10 +215,11 @@ class LLaDA(Network):
         parts = self.model.transformer
         x = parts.wte(ids)
         rotary = self._rotary_tables(ids.shape[1], ids.device)
-        bias = None if attention_mask is None else attention_mask[:, None, None, :]
-        for block in parts.blocks:
-            x = block(x, rotary, bias)
-        return parts.ln_f(x)
+        visible = None if attention_mask is None else attention_mask[:, None, None, :]
+        for block in parts.blocks[:-1]:
+            x = block(x, rotary, visible)
+        # only the last layer's other positions are seen by nobody
+        return parts.ln_f(parts.blocks[-1](x, rotary, visible, at))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [... V] of hidden states [... D]."""
@@ -169,6 +234,6 @@ class LLaDA(Network):
                 torch.arange(length, device=device, dtype=torch.float),
                 self.config.rope_theta**-exponent,
             )
-            angles = torch.cat([angles, angles], dim=-1)
-            self._rotary[key] = (angles.cos(), angles.sin())
+            cos, sin = angles.cos(), angles.sin()
+            self._rotary[key] = (torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
         return self._rotary[key]

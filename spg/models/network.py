@@ -11,8 +11,12 @@ class Network(nn.Module):
     """Token ids to hidden states to logits, in two steps: the head runs only where it is asked for."""
 
     @abstractmethod
-    def hidden(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return hidden states [N L D] of ids [N L]; attention_mask [N L] is True at real tokens."""
+    def hidden(self, ids: Tensor, attention_mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """Return hidden states [N L D] of ids [N L]; attention_mask [N L] is True at real tokens.
+
+        at [N L]: True at the S positions whose states are wanted, row after row: the result is then
+        [S D], and a network may skip work for the others.
+        """
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
