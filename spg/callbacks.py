@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import random
+import signal
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.loggers import WandbLogger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spg.collect import Evaluation
 from spg.console import console
+from spg.errors import Interrupted, RunError
 from spg.module import Training
 from spg.weights import load_checkpoint
 
@@ -26,6 +31,11 @@ class _Every(pl.Callback):
     def __init__(self, every: int) -> None:
         self.every = every
         self._seen = 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Count from where the run starts or goes on."""
+        assert isinstance(module, Training)
+        self._seen = module.updates
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -58,9 +68,11 @@ class Validation(_Every):
         return max(self.history[1:], key=lambda entry: entry[1])
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Evaluate the base model."""
+        """Evaluate the base model, unless the run goes on."""
+        super().on_train_start(trainer, module)
         assert isinstance(module, Training)
-        self.act(trainer, module)
+        if not self.history:
+            self.act(trainer, module)
 
     def act(self, trainer: pl.Trainer, module: Training) -> None:
         """Evaluate, log, and say so in a line."""
@@ -76,6 +88,14 @@ class Validation(_Every):
             "  ".join(f"{name} {value:.3f}" for name, value in measures.items()),
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the history."""
+        return {"history": list(self.history)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the history back."""
+        self.history = [(update, accuracy) for update, accuracy in state_dict["history"]]
+
 
 MOMENTS = ("before", "after", "last")
 
@@ -83,27 +103,32 @@ MOMENTS = ("before", "after", "last")
 class BeforeAndAfter(pl.Callback):
     """Evaluates the test half before the first update, after the last, and at the best checkpoint."""
 
-    def __init__(self) -> None:
+    def __init__(self, best: Path) -> None:
+        self.best = best
         self.results: dict[str, Evaluation] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Evaluate the base model."""
+        """Evaluate the base model, unless the run goes on."""
         assert isinstance(module, Training)
-        self.results["before"] = module.evaluate("test")
+        if "before" not in self.results:
+            self.results["before"] = module.evaluate("test")
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Evaluate the model as the last update left it."""
+        """Evaluate the model as the last update left it and the best checkpoint, if all updates are done."""
         assert isinstance(module, Training)
+        if module.updates < module.max_updates:
+            return
         self.results["last"] = module.evaluate("test")
+        last = {name: tensor.detach().clone() for name, tensor in module.trained().items()}
+        load_checkpoint(module.policy.network, self.best)
+        self.results["after"] = module.evaluate("test")
+        module.load_state_dict(last, strict=False)
 
-    def summary(self, module: Training, best: Path) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Return n and every measure at the three MOMENTS with its 95% interval.
 
-        `after` is the checkpoint `best`, chosen on the validation half; the module is left with its
-        weights.
+        `after` is the best checkpoint, chosen on the validation half.
         """
-        load_checkpoint(module.policy.network, best)
-        self.results["after"] = module.evaluate("test")
         figures: dict[str, Any] = {"n": len(self.results["after"].texts)}
         for name in self.results["after"].measures:
             for moment in MOMENTS:
@@ -111,36 +136,123 @@ class BeforeAndAfter(pl.Callback):
                 figures[f"{name}.{moment}.interval"] = list(self.results[moment].interval(name))
         return figures
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the measures and texts of the base model."""
+        if "before" not in self.results:
+            return {}
+        before = self.results["before"]
+        measures = {name: torch.from_numpy(values) for name, values in before.measures.items()}
+        return {"measures": measures, "texts": list(before.texts)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the base model's measures and texts back."""
+        measures = {name: values.numpy() for name, values in state_dict["measures"].items()}
+        self.results["before"] = Evaluation(measures, tuple(state_dict["texts"]), ())
+
 
 class Checkpoints(_Every):
     """Writes checkpoints/last.ckpt every so many updates, and best.ckpt when validation improves.
 
-    Files are written under a temporary name and renamed. Comes after Validation among the callbacks.
+    keep_every: updates between checkpoints that are kept besides, as update-<number>.ckpt; None for
+    none. Files are written under a temporary name and renamed, metrics being on disk before. Comes
+    after Validation among the callbacks. Raises RunError where the disk does not take a file.
     """
 
-    def __init__(self, every: int, folder: Path, validation: Validation) -> None:
+    def __init__(self, every: int, folder: Path, validation: Validation, keep_every: int | None) -> None:
         super().__init__(every)
         self.folder = folder
         self.validation = validation
+        self.keep_every = keep_every
         self._best_update = 0
+        self._saved: int | None = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save the best if there is a new one, and the last if it is time."""
+        assert isinstance(module, Training)
         if len(self.validation.history) > 1 and self.validation.best[0] > self._best_update:
             self._best_update = self.validation.best[0]
             self._save(trainer, "best.ckpt")
+        if self.keep_every and module.updates // self.keep_every > self._seen // self.keep_every:
+            self._save(trainer, f"update-{module.updates:06d}.ckpt")
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
     def act(self, trainer: pl.Trainer, module: Training) -> None:
-        """Save the last checkpoint."""
-        self._save(trainer, "last.ckpt")
+        """Save the last checkpoint, unless it is there already."""
+        if self._saved != module.updates:
+            self._save(trainer, "last.ckpt")
+            self._saved = module.updates
 
     def _save(self, trainer: pl.Trainer, name: str) -> None:
+        for logger in trainer.loggers:
+            logger.save()
         staged = self.folder / f"{name}.tmp"
-        trainer.save_checkpoint(staged)
-        os.replace(staged, self.folder / name)
+        try:
+            trainer.save_checkpoint(staged)
+            if trainer.is_global_zero:
+                with staged.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(staged, self.folder / name)
+        except OSError as error:
+            with suppress(OSError):
+                staged.unlink(missing_ok=True)
+            raise RunError(
+                f"{self.folder / name} could not be written ({error.strerror or error}); what was saved "
+                "before is whole: make room, then resume the run"
+            ) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the update of the best checkpoint."""
+        return {"best_update": self._best_update}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the update of the best checkpoint back."""
+        self._best_update = state_dict["best_update"]
+
+
+class Interruption(pl.Callback):
+    """Ends the run after the current rollout, with its state saved, on Ctrl-C or SIGTERM.
+
+    A second signal ends it at once; the checkpoint before then stands. Comes after Checkpoints.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Take the signals over, where this thread may."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Take the signals over again."""
+        for number in self._before:  # again: Lightning has put its own there since
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise Interrupted("stopped at once")
+        self.asked = True
+        log.info("Stopping when this rollout's updates are done; press Ctrl-C again to stop at once")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save and stop, if any process was asked to."""
+        assert isinstance(module, Training)
+        self.asked = bool(module.gathered(torch.tensor([self.asked], device=module.device).long()).any())
+        if self.asked:
+            self.checkpoints.act(trainer, module)
+            trainer.should_stop = True
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
 
 class Samples(_Every):
@@ -193,7 +305,8 @@ class ProgressBar(pl.Callback):
         """Start the bar."""
         assert isinstance(module, Training)
         self.progress.start()
-        self.bar = self.progress.add_task("", total=module.max_updates, figures="first rollout ...")
+        total, done = module.max_updates, module.updates
+        self.bar = self.progress.add_task("", total=total, completed=done, figures="first rollout ...")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

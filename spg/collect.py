@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from spg.advantages import Advantage
 from spg.decoding import Decoder
@@ -61,16 +63,26 @@ def collect(
     examples: Sequence[Example],
     group_size: int,
     seed: int,
+    first: int = 0,
+    gathered: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> tuple[Experience, Timing]:
-    """Let the policy complete P examples `group_size` times, and score what it wrote."""
+    """Let the policy complete P examples `group_size` times, and score what it wrote.
+
+    first: number of the first example's group over all processes. gathered: joins the rows [B] of all
+    processes, since an advantage may depend on every reward; the result holds this process's.
+    """
     started = time.perf_counter()
-    done = rollout(policy, decoder, task, examples, group_size, seed)
+    was_training = policy.training
+    policy.eval()
+    done = rollout(policy, decoder, task, examples, group_size, seed, first)
+    policy.train(was_training)
     decoded = time.perf_counter()
     parts = [task.reward(e, text) for e, text in zip(done.examples, done.texts, strict=True)]
     reward_parts = {name: torch.tensor([p[name] for p in parts], device=policy.device) for name in parts[0]}
     rewards = torch.stack(list(reward_parts.values())).sum(0)
-    advantages = advantage(rewards.view(-1, group_size)).flatten()
-    experience = Experience(done, rewards, reward_parts, advantages)
+    advantages = advantage(gathered(rewards).view(-1, group_size)).flatten()
+    start = first * group_size
+    experience = Experience(done, rewards, reward_parts, advantages[start : start + len(rewards)])
     ended = time.perf_counter()
     tokens = int((done.commit_step >= 0).sum())
     return experience, Timing(decoded - started, ended - decoded, tokens)
@@ -97,16 +109,30 @@ class Evaluation:
 
 
 def evaluate(
-    policy: Policy, decoder: Decoder, task: Task, examples: Sequence[Example], batch_size: int, seed: int = 0
+    policy: Policy,
+    decoder: Decoder,
+    task: Task,
+    examples: Sequence[Example],
+    batch_size: int,
+    seed: int = 0,
+    share: tuple[int, int] = (0, 1),
+    joined: Callable[[list[Any]], list[Any]] = lambda rows: rows,
 ) -> Evaluation:
-    """Decode each example once and measure the completions; `seed` matters above temperature 0."""
+    """Decode each example once and measure the completions; `seed` matters above temperature 0.
+
+    share: number of this process and of all; each decodes its stretch of the examples, and `joined`
+    puts the lists of all processes one behind the other.
+    """
     was_training = policy.training
     policy.eval()
-    texts: list[str] = []
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        texts += rollout(policy, decoder, task, batch, 1, seed, first=start).texts
+    number, processes = share
+    start, stop = (len(examples) * n // processes for n in (number, number + 1))
+    rows: list[tuple[str, dict[str, float]]] = []
+    for at in range(start, stop, batch_size):
+        batch = examples[at : min(at + batch_size, stop)]
+        texts = rollout(policy, decoder, task, batch, 1, seed, first=at).texts
+        rows += [(text, task.measure(e, text)) for e, text in zip(batch, texts, strict=True)]
     policy.train(was_training)
-    rows = [task.measure(example, text) for example, text in zip(examples, texts, strict=True)]
-    measures = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    return Evaluation(measures, tuple(texts), tuple(examples))
+    rows = joined(rows)
+    measures = {name: np.array([row[name] for _, row in rows]) for name in rows[0][1]}
+    return Evaluation(measures, tuple(text for text, _ in rows), tuple(examples))

@@ -1,22 +1,23 @@
 """Composing and checking the configuration, before torch is imported.
 
-Every entry point runs through `run`: the command line is composed and checked in about a second, a
-mistake is answered with what was given, what is allowed and the nearest right name, and only then
-does the job start.
+`preflight` composes and checks a command line in about a second; a mistake is answered with what was
+given, what is allowed and the nearest right name, before a job starts.
 """
 
 from __future__ import annotations
 
 import difflib
-import logging
-import os
-import sys
-from collections.abc import Callable, Iterator
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra._internal.utils import get_args_parser
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -25,8 +26,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from spg.limits import LIMITS, check_length_counted_once
-
-log = logging.getLogger(__name__)
 
 _PACKAGED = Path(__file__).parent / "conf"
 CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "conf"
@@ -41,22 +40,19 @@ class ConfigError(ValueError):
     """A mistake in what the user asked for; its text is all that the user needs to see."""
 
 
-def run(primary: str, job: Callable[[DictConfig], None]) -> None:
-    """Check the command line against the primary config `primary`, then let Hydra run `job`."""
-    try:
-        if not preflight(primary, sys.argv[1:]):
-            return
-        app = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=primary)(job)
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve shared cores
-        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let ConfigError through, unwrapped
-        app()
-    except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(2)
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for: one job, or a multirun over `swept` keys into `folder`."""
+
+    arguments: tuple[str, ...]
+    multirun: bool = False
+    name: str = ""
+    swept: tuple[str, ...] = ()
+    folder: Path | None = None
 
 
-def preflight(primary: str, argv: list[str]) -> bool:
-    """Check a command line; False if it only asked for help, which has then been given.
+def preflight(primary: str, argv: list[str]) -> Plan | None:
+    """Check a command line; None if it only asked for help, which has then been given.
 
     Raises ConfigError.
     """
@@ -65,20 +61,73 @@ def preflight(primary: str, argv: list[str]) -> bool:
         from spg.usage import show
 
         show(primary)
-        return False
-    if args.config_name or args.config_dir or args.cfg or args.info or args.hydra_help:
-        return True
-    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name=primary):
+        return None
+    if args.cfg or args.info or args.hydra_help:
+        return Plan(tuple(argv))
+    name = (args.config_name or primary).removesuffix(".yaml")
+    with _searching(args.config_dir):
         overrides = _parse(args.overrides)
-        _check_names(primary, overrides)
-        for lines in _one_at_a_time(overrides, args.multirun):
-            check(_compose(primary, lines))
-    return True
+        _check_names(name, overrides)
+        sweeper = _compose(name, [], with_hydra=True).hydra
+        params = dict(sweeper.sweeper.params or {})
+        multirun = args.multirun or str(sweeper.mode) == "RunMode.MULTIRUN"
+        given = {override.key_or_group for override in overrides}
+        every = [*_parse([f"{k}={v}" for k, v in params.items() if k not in given]), *overrides]
+        _check_names(name, every)
+        for lines in _one_at_a_time(every, multirun):
+            check(_compose(name, lines))
+    swept = tuple(dict.fromkeys(o.key_or_group for o in every if o.is_sweep_override() and not _is_hydra(o)))
+    # what the command line gives takes the place of what a sweep's file says, instead of adding to it
+    replaced = [f"~hydra.sweeper.params.{key}" for key in params if key in given]
+    asked = sorted(o.input_line or "" for o in overrides if not _is_hydra(o))
+    digest = hashlib.sha256(" ".join(asked).encode()).hexdigest()[:8]
+    title = name if args.config_name else "_".join(swept) or "single"
+    title = title if args.config_name and not asked else f"{title}-{digest}"
+    return Plan((*argv, *replaced), multirun, re.sub(r"[^\w.-]", ".", title), swept)
+
+
+def sweep_folder(primary: str, plan: Plan) -> Path:
+    """Return the directory of a plan's multirun, with the environment set that its name comes from."""
+    args = get_args_parser().parse_args(list(plan.arguments))
+    with _searching(args.config_dir):
+        lines = [o.input_line or "" for o in _parse(args.overrides) if _is_hydra(o)]
+        cfg = _compose((args.config_name or primary).removesuffix(".yaml"), lines, with_hydra=True)
+    return Path(str(cfg.hydra.sweep.dir))
+
+
+@contextmanager
+def _searching(config_dir: str | None) -> Iterator[None]:
+    """Let Hydra find the project's configurations and those of `config_dir` (-cd)."""
+    search = create_config_search_path(str(CONF_DIR))
+    if config_dir is not None:
+        folder = Path(config_dir).resolve()
+        if not folder.is_dir():
+            raise ConfigError(f"--config-dir {config_dir} is no directory")
+        search.prepend("command-line", f"file://{folder}", "schema")
+    GlobalHydra.instance().clear()
+    Hydra.create_main_hydra2(task_name="spg", config_search_path=search)
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def group_choices(argv: list[str]) -> list[str]:
+    """Write the choice of an option of a nested group, as `model.lora=default`, in Hydra's way, with `/`."""
+    found = []
+    for line in argv:
+        key, equals, value = line.partition("=")
+        group = CONF_DIR.joinpath(*key.split("."))
+        if equals and "." in key and group.is_dir() and not value.startswith("{"):
+            line = f"{key.replace('.', '/')}={value}"
+        found.append(line)
+    return found
 
 
 def compose(primary: str, overrides: list[str]) -> DictConfig:
     """Compose and check a configuration; raises ConfigError."""
-    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name=primary):
+    with _searching(None):
+        overrides = group_choices(overrides)
         _check_names(primary, _parse(overrides))
         cfg = _compose(primary, overrides)
     check(cfg)
@@ -93,6 +142,10 @@ def _check_names(primary: str, overrides: list[Override]) -> None:
     known = _compose(primary, chosen)
     for override in overrides:
         _check_key(override, known)
+
+
+def _is_hydra(override: Override) -> bool:
+    return override.key_or_group == "hydra" or override.key_or_group.startswith(("hydra.", "hydra/"))
 
 
 def _is_group(override: Override) -> bool:
@@ -156,9 +209,9 @@ def _check_group(override: Override) -> None:
             )
 
 
-def _compose(primary: str, lines: list[str]) -> DictConfig:
+def _compose(primary: str, lines: list[str], with_hydra: bool = False) -> DictConfig:
     try:
-        return hydra.compose(primary, lines)
+        return hydra.compose(primary, lines, return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(" ".join(str(error).split())) from error
 
@@ -166,7 +219,7 @@ def _compose(primary: str, lines: list[str]) -> DictConfig:
 def _check_key(override: Override, known: DictConfig) -> None:
     """Raise ConfigError where an override sets a key that no part reads, or removes one."""
     key = override.key_or_group
-    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+    if _is_hydra(override):
         return
     if override.is_delete():
         raise ConfigError(f"{override.input_line}: {key!r} can't be removed; set it to another value")
@@ -182,8 +235,8 @@ def _check_key(override: Override, known: DictConfig) -> None:
 
 
 def groups() -> list[str]:
-    """Return the names of the config groups."""
-    return sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir())
+    """Return the names of the config groups, nested ones as `model/lora`."""
+    return sorted(str(path.relative_to(CONF_DIR)) for path in CONF_DIR.rglob("*") if path.is_dir())
 
 
 def keys(cfg: DictConfig, prefix: str = "") -> list[str]:
@@ -218,6 +271,13 @@ def check(cfg: DictConfig) -> None:
         value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
         if not LIMITS[name].allows(value):
             raise ConfigError(f"{key}={value}: out of range; allowed: {LIMITS[name].words}")
+    if "trainer" in cfg and cfg.trainer.prompts_per_rollout % cfg.trainer.devices:
+        raise ConfigError(
+            f"trainer.prompts_per_rollout={cfg.trainer.prompts_per_rollout} can't be shared out among "
+            f"trainer.devices={cfg.trainer.devices} processes; give a multiple of that number"
+        )
+    if "trainer" in cfg and cfg.trainer.devices > 1 and cfg.trainer.strategy == "auto":
+        raise ConfigError(f"trainer.devices={cfg.trainer.devices} needs trainer=ddp")
     if "task" in cfg and cfg.task.get("min_empty", 1) > cfg.task.get("max_empty", 16):
         raise ConfigError(
             f"task.min_empty={cfg.task.min_empty} is above task.max_empty={cfg.task.max_empty}; lower it"

@@ -8,7 +8,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from spg import config
+from spg import config, launch
 
 log = logging.getLogger(__name__)
 
@@ -48,4 +48,4 @@ def of_run(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
 
 if __name__ == "__main__":
-    config.run("evaluate", job)
+    launch.run("evaluate", job)

@@ -2,32 +2,40 @@
 
 Optimisation is manual. The module counts its own rollouts and updates (an update is an optimizer
 step); every random draw derives from (seed, rollout, inner update). Between rollouts nothing but
-weights, optimizer and counters is alive, so that a checkpoint there is whole.
+weights, optimizer and counters is alive, so that a checkpoint there is whole. Several processes share
+the prompts of a rollout; a group never spans two of them, and the update is that of one process with
+all prompts.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from spg.advantages import Advantage
 from spg.collect import Evaluation, Timing, collect, evaluate
+from spg.data import PromptStream
 from spg.decoding import Decoder
+from spg.errors import RunError
 from spg.limits import check_limits
 from spg.masking import MaskingStrategy
 from spg.objectives import Objective
 from spg.policy import Policy
 from spg.seeding import derive_seed
-from spg.tasks.base import Example, Task
-from spg.types import Experience, MaskedSamples
+from spg.tasks.base import Task
+from spg.types import Cohort, Experience, MaskedSamples
 
 
 @dataclass(frozen=True)
@@ -47,12 +55,25 @@ class Optimization:
         check_limits(**vars(self))
 
 
+CHECKPOINT_FORMAT = 1
+
+
+class NonFiniteError(RunError):
+    """A loss, gradient or reward that is no number; `record` holds what is needed to see it again."""
+
+    def __init__(self, text: str, record: dict[str, Any]) -> None:
+        super().__init__(text)
+        self.record = record
+
+
 class Training(pl.LightningModule):
     """Improves a policy on a task by reinforcement learning.
 
-    sampler decodes rollouts, evaluator held-out completions. mu: inner updates on each rollout.
-    micro_batch_size: masked sequences (completions x draws) in one forward pass; None for all; it
-    changes no gradient. max_updates ends the run, if need be in the middle of a rollout's updates.
+    sampler decodes rollouts, evaluator held-out completions. prompts: the examples of each rollout,
+    shared out among the processes. mu: inner updates on each rollout. micro_batch_size: masked
+    sequences (completions x draws) in one forward pass; None for all; it changes no gradient.
+    max_updates ends the run, if need be in the middle of a rollout's updates. identity: settings that
+    a checkpoint must share with the run that it is loaded into.
     """
 
     def __init__(
@@ -65,6 +86,7 @@ class Training(pl.LightningModule):
         masking: MaskingStrategy,
         objective: Objective,
         optimization: Optimization,
+        prompts: PromptStream,
         *,
         mu: int,
         group_size: int,
@@ -72,11 +94,13 @@ class Training(pl.LightningModule):
         seed: int,
         micro_batch_size: int | None = None,
         eval_batch_size: int = 256,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_limits(mu=mu, group_size=group_size, max_updates=max_updates, seed=seed)
         check_limits(micro_batch_size=micro_batch_size, eval_batch_size=eval_batch_size)
         self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints hold what is trained; `on_load_checkpoint` checks that
         self.policy = policy
         self.task = task
         self.sampler = sampler
@@ -85,33 +109,74 @@ class Training(pl.LightningModule):
         self.masking = masking
         self.objective = objective
         self.optimization = optimization
+        self.prompts = prompts
         self.mu = mu
         self.group_size = group_size
         self.max_updates = max_updates
         self.seed = seed
         self.micro_batch_size = micro_batch_size
         self.eval_batch_size = eval_batch_size
+        self.identity = dict(identity or {})
         self.rollouts = 0  # rollouts done
         self.updates = 0  # optimizer steps done
         self.latest: dict[str, float] = {}  # last value of every metric
         self.experience: Experience | None = None  # of the rollout just learned from
         self.seconds = {"rollout": 0.0, "reward": 0.0, "update": 0.0, "evaluation": 0.0}
+        self.started = time.perf_counter()
+        self.earlier = 0.0  # seconds that the run took before it was resumed
+        if "reference" in objective.needs:
+            policy.keep_reference()
 
-    def training_step(self, examples: Sequence[Example], batch_idx: int) -> None:
+    @property
+    def processes(self) -> int:
+        """Number of processes that share the work."""
+        return 1 if self._trainer is None else self.trainer.world_size
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """Return the rows [B ...] of all processes, [N ...], in the order of their ranks."""
+        if self.processes == 1:
+            return rows
+        gathered = self.all_gather(rows)
+        assert isinstance(gathered, Tensor)
+        return gathered.flatten(0, 1)
+
+    def joined(self, rows: list[Any]) -> list[Any]:
+        """Return the lists of all processes, one behind the other, in the order of their ranks."""
+        if self.processes == 1:
+            return rows
+        parts: list[list[Any]] = [[] for _ in range(self.processes)]
+        dist.all_gather_object(parts, rows)
+        return [row for part in parts for row in part]
+
+    def turns(self) -> Iterator[int]:
+        """Yield the numbers of the rollouts that are left to do."""
+        while self.updates < self.max_updates:
+            yield self.rollouts
+
+    def training_step(self, turn: int, batch_idx: int) -> None:
         """Learn from one rollout (paper, Algorithm 1)."""
+        examples = self.prompts.examples(self.rollouts)
+        share = len(examples) // self.processes
+        first = self.global_rank * share
         experience, timing = collect(
             self.policy,
             self.sampler,
             self.task,
             self.advantage,
-            examples,
+            examples[first : first + share],
             self.group_size,
             derive_seed(self.seed, "rollout", self.rollouts),
+            first,
+            self.gathered,
         )
-        self.record(self._rollout_metrics(experience, timing), self.updates + 1)
+        metrics = self._rollout_metrics(experience, timing)
+        if not math.isfinite(metrics["reward"]):
+            raise self._non_finite("reward", experience)
+        self.record(metrics, self.updates + 1)
         for inner in range(min(self.mu, self.max_updates - self.updates)):
             seed = derive_seed(self.seed, "masks", self.rollouts, inner)
             samples = self.masking(experience.rollout, self.policy.mask_id, seed)
+            torch.manual_seed(derive_seed(self.seed, "dropout", self.rollouts, inner, self.global_rank))
             started = time.perf_counter()
             metrics = self.update(experience, samples)
             metrics["time/update"] = time.perf_counter() - started
@@ -120,25 +185,36 @@ class Training(pl.LightningModule):
             self.record(metrics, self.updates)
         self.rollouts += 1
         self.experience = experience
-        if self.updates >= self.max_updates:
+        if self.updates >= self.max_updates:  # Lightning has asked `turns` for the next one already
             self.trainer.should_stop = True
 
     def update(self, experience: Experience, samples: MaskedSamples) -> dict[str, float]:
-        """Take one optimizer step on masked samples of an experience; return its metrics."""
+        """Take one optimizer step on masked samples of an experience; return its metrics.
+
+        Raises NonFiniteError, before the step, where the loss or a gradient is no finite number.
+        """
         optimizer = self.optimizers()
         scheduler = self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
         assert isinstance(scheduler, LambdaLR)
-        self.policy.train()
+        # a ratio to what the policy was would measure the dropout's noise
+        self.policy.train("old" not in self.objective.needs)
         optimizer.zero_grad()
-        loss, metrics = self.backward_through(experience, samples)
+        loss, figures = self.backward_through(experience, samples)
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.optimization.max_grad_norm)
+        learned = self.objective.learns_from(experience)
+        # over all processes: the shares of the loss, how many sequences are learned from, their figures
+        sums = torch.stack([loss, learned.sum(), *((f * learned).sum() for f in figures.values())])
+        total, count, *rest = self.gathered(sums.unsqueeze(0)).sum(0).tolist()
+        for name, value in (("loss", total), ("gradient", float(norm))):
+            if not math.isfinite(value):
+                raise self._non_finite(name, experience, samples)
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         scheduler.step()
-        numbers = {name: float(value) for name, value in metrics.items()}
-        return {"loss": float(loss), **numbers, "grad_norm": float(norm), "lr": lr}
+        means = {name: value / max(count, 1) for name, value in zip(figures, rest, strict=True)}
+        return {"loss": total, **means, "grad_norm": float(norm), "lr": lr}
 
     def backward_through(
         self, experience: Experience, samples: MaskedSamples
@@ -149,34 +225,78 @@ class Training(pl.LightningModule):
         gradient, piece by piece; (2) the loss on that small tensor and its gradient with respect to
         it; (3) each piece again, its backward pass starting from that gradient. The loss may thus
         join draws and sequences in any way (the EUBO's mean over draws stands inside its log).
-        Sequences that the objective does not learn from are not computed.
+        Sequences that the objective does not learn from are not computed. Gradients are summed over
+        the processes in the last backward pass. Returns this process's share of the loss and the
+        objective's figures [B].
         """
         pieces = self._pieces(experience, samples)
-        shape = samples.scored.shape
+        cohort = self._cohort(experience, samples)
+        reference = None
+        if "reference" in self.objective.needs:
+            with self.policy.as_reference(), torch.no_grad():
+                reference = self._all_logps(experience, samples, pieces)
         if len(pieces) <= 1:
-            token_logps = torch.zeros(shape, device=samples.scored.device)
+            token_logps = torch.zeros(samples.scored.shape, device=samples.scored.device)
             for piece in pieces:
                 token_logps = token_logps.index_put(piece, self._token_logps(experience, samples, piece))
-            loss, metrics = self.objective(token_logps, samples, experience)
-            if pieces:
-                self.manual_backward(loss)
-            return loss.detach(), metrics
+            loss, figures = self.objective(token_logps, samples, experience, cohort, reference)
+            self._backward([loss] if pieces else [])
+            return loss.detach(), figures
 
-        frozen = torch.zeros(shape, device=samples.scored.device)
-        random_states = []
+        states: list[Tensor] = []
         with torch.no_grad():
-            for piece in pieces:
-                random_states.append(_random_state(frozen.device))
-                frozen[piece] = self._token_logps(experience, samples, piece)
+            frozen = self._all_logps(experience, samples, pieces, states)
         frozen.requires_grad_()
-        loss, metrics = self.objective(frozen, samples, experience)
+        loss, figures = self.objective(frozen, samples, experience, cohort, reference)
         (gradient,) = torch.autograd.grad(loss, frozen)
         after = _random_state(frozen.device)
-        for piece, state in zip(pieces, random_states, strict=True):
-            _set_random_state(state, frozen.device)  # the same dropout as in the first pass
-            self.manual_backward((self._token_logps(experience, samples, piece) * gradient[piece]).sum())
+
+        def again() -> Iterator[Tensor]:
+            for piece, state in zip(pieces, states, strict=True):
+                _set_random_state(state, frozen.device)  # the same dropout as in the first pass
+                yield (self._token_logps(experience, samples, piece) * gradient[piece]).sum()
+
+        self._backward(again(), len(pieces))
         _set_random_state(after, frozen.device)
-        return loss.detach(), metrics
+        return loss.detach(), figures
+
+    def _backward(self, losses: Iterable[Tensor], count: int | None = None) -> None:
+        """Run the backward passes of this process; the last one sums gradients over the processes."""
+        losses = list(losses) if count is None else losses
+        count = len(losses) if isinstance(losses, list) else count
+        if self.processes > 1:
+            if not self.gathered(torch.tensor([count], device=self.device)).any():
+                return
+            if count == 0:  # the others wait for this process's gradients
+                weights = [p for p in self.policy.parameters() if p.requires_grad]
+                losses, count = [torch.stack([w.sum() for w in weights]).sum() * 0.0], 1
+        for number, loss in enumerate(losses, start=1):
+            with nullcontext() if number == count else self._unsynchronised():
+                self.manual_backward(loss * self.processes)  # ddp takes the mean
+
+    def _unsynchronised(self) -> AbstractContextManager[None]:
+        strategy = None if self._trainer is None else self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+
+    def _cohort(self, experience: Experience, samples: MaskedSamples) -> Cohort:
+        group, lengths = self.gathered(torch.stack([experience.rollout.group, samples.lengths], 1)).unbind(1)
+        start = self.global_rank * len(experience.rewards)
+        return Cohort(group, lengths, slice(start, start + len(experience.rewards)))
+
+    def _all_logps(
+        self,
+        experience: Experience,
+        samples: MaskedSamples,
+        pieces: Sequence[tuple[Tensor, Tensor]],
+        states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Return log-probabilities [B M T], 0 outside `pieces`; `states` takes the random state of each."""
+        logps = torch.zeros(samples.scored.shape, device=samples.scored.device)
+        for piece in pieces:
+            if states is not None:
+                states.append(_random_state(logps.device))
+            logps[piece] = self._token_logps(experience, samples, piece)
+        return logps
 
     def _pieces(self, experience: Experience, samples: MaskedSamples) -> list[tuple[Tensor, Tensor]]:
         """Cut the (sequence, draw) pairs to compute into pieces of at most micro_batch_size."""
@@ -202,21 +322,81 @@ class Training(pl.LightningModule):
     def _rollout_metrics(self, experience: Experience, timing: Timing) -> dict[str, float]:
         self.seconds["rollout"] += timing.rollout
         self.seconds["reward"] += timing.reward
-        spread = experience.rewards.view(-1, self.group_size).std(-1)
         rollout = experience.rollout
         # a template that ends in a given token is complete without EOS
         ended = (rollout.completion_ids == self.policy.eos_id).any(-1) | rollout.given[:, -1]
+        own = {
+            "reward": experience.rewards,
+            "completions/mean_length": rollout.lengths,
+            "completions/clipped_ratio": ~ended,
+            **{f"rewards/{name}/mean": part for name, part in experience.reward_parts.items()},
+        }
+        rows = self.gathered(torch.stack([row.float() for row in own.values()], 1))
+        means = dict(zip(own, rows.mean(0).tolist(), strict=True))
+        spread = rows[:, 0].view(-1, self.group_size).std(-1)
+        tokens = self.gathered(torch.tensor([timing.tokens], device=self.device)).sum()
         return {
-            "reward": float(experience.rewards.mean()),
+            **means,
             "reward_std": float(spread.mean()),
-            **{f"rewards/{name}/mean": float(p.mean()) for name, p in experience.reward_parts.items()},
             "frac_reward_zero_std": float((spread == 0).float().mean()),
-            "completions/mean_length": float(rollout.lengths.float().mean()),
-            "completions/clipped_ratio": float((~ended).float().mean()),
             "time/rollout": timing.rollout,
             "time/reward": timing.reward,
-            "throughput/tokens_per_s": timing.tokens / timing.rollout,
+            "throughput/tokens_per_s": float(tokens) / timing.rollout,
         }
+
+    def _non_finite(
+        self, what: str, experience: Experience, samples: MaskedSamples | None = None
+    ) -> NonFiniteError:
+        """Return the error that names update and examples; every process must call it."""
+        culprits = self._culprits(experience, samples)
+        rollout = experience.rollout
+        own = [
+            (self.task.prompt(rollout.examples[i]), rollout.texts[i], float(experience.rewards[i]))
+            for i in culprits
+        ]
+        named = self.joined(own)
+        state = {n: p.detach().cpu() for n, p in self.policy.named_parameters() if p.requires_grad}
+        record = {
+            "what": what,
+            "update": self.updates + 1,
+            "rollout": self.rollouts,
+            "weights": state,
+            "parts": self.joined(
+                [{"experience": asdict(experience), "samples": None if samples is None else asdict(samples)}]
+            ),
+            "culprits": named,
+        }
+        listed = "\n".join(f"  prompt {p!r}, completion {t!r}, reward {r}" for p, t, r in named[:5])
+        more = f"\n  and {len(named) - 5} more" if len(named) > 5 else ""
+        found = f"sequences:\n{listed}{more}" if named else "no single sequence: the weights are not finite"
+        return NonFiniteError(
+            f"the {what} of update {self.updates + 1} is not a finite number; {found}", record
+        )
+
+    def _culprits(self, experience: Experience, samples: MaskedSamples | None) -> list[int]:
+        """Return the rows whose reward, log-probabilities or gradient are not finite."""
+        bad = ~(experience.rewards.isfinite() & experience.advantages.isfinite())
+        if samples is None or bool(bad.any()):
+            return bad.nonzero().flatten().tolist()
+        with torch.no_grad():
+            logps = self._all_logps(experience, samples, self._pieces(experience, samples))
+        bad = (~logps.isfinite() & samples.scored).any(2).any(1)
+        if bool(bad.any()):
+            return bad.nonzero().flatten().tolist()
+        weights = [p for p in self.policy.parameters() if p.requires_grad]
+        found = []
+        for row in range(len(bad)):
+            index = torch.tensor([row], device=bad.device)
+            one, masked = experience.select(index), samples.select(index)
+            logps = torch.zeros(masked.scored.shape, device=bad.device)
+            for piece in self._pieces(one, masked):
+                logps = logps.index_put(piece, self._token_logps(one, masked, piece))
+            if logps.requires_grad:
+                loss, _ = self.objective(logps, masked, one, None, logps.detach())
+                gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+                if not all(bool(g.isfinite().all()) for g in gradients if g is not None):
+                    found.append(row)
+        return found
 
     def record(self, metrics: dict[str, float], update: int) -> None:
         """Log metrics as belonging to optimizer step number `update`, from 1; 0 is before training."""
@@ -225,10 +405,17 @@ class Training(pl.LightningModule):
             logger.log_metrics(metrics, step=update)
 
     def evaluate(self, split: str) -> Evaluation:
-        """Decode and measure the completions of a split."""
+        """Decode and measure the completions of a split, each once, whatever the number of processes."""
         started = time.perf_counter()
-        examples = self.task.examples(split)
-        result = evaluate(self.policy, self.evaluator, self.task, examples, self.eval_batch_size)
+        result = evaluate(
+            self.policy,
+            self.evaluator,
+            self.task,
+            self.task.examples(split),
+            self.eval_batch_size,
+            share=(self.global_rank, self.processes),
+            joined=self.joined,
+        )
         self.seconds["evaluation"] += time.perf_counter() - started
         return result
 
@@ -251,14 +438,56 @@ class Training(pl.LightningModule):
         scheduler = LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / (warmup + 1)))
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    def elapsed(self) -> float:
+        """Return the seconds that the run has taken, those before it was resumed included."""
+        return self.earlier + time.perf_counter() - self.started
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return the tensors that training changes, by their names in the module's state."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the module's own counters."""
-        checkpoint["spg"] = {"rollouts": self.rollouts, "updates": self.updates}
+        """Add counters and identity; keep the trained tensors and leave Lightning's loops out.
+
+        The loops count batches of an epoch, which mean nothing here: rollouts count themselves.
+        """
+        del checkpoint["loops"]
+        trained = self.trained()
+        checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in trained}
+        checkpoint["spg"] = {
+            "format": CHECKPOINT_FORMAT,
+            "rollouts": self.rollouts,
+            "updates": self.updates,
+            "latest": dict(self.latest),
+            "seconds": dict(self.seconds),
+            "elapsed": self.elapsed(),
+            "identity": self.identity,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the module's own counters back."""
-        self.rollouts = checkpoint["spg"]["rollouts"]
-        self.updates = checkpoint["spg"]["updates"]
+        """Take counters back; raises RunError where the checkpoint is not one of this run."""
+        own = checkpoint.get("spg")
+        if not isinstance(own, dict) or own.get("format") != CHECKPOINT_FORMAT:
+            raise RunError("the checkpoint was not written by this version of spg.train; give another")
+        theirs = own["identity"]
+        for key in sorted(self.identity.keys() | theirs.keys()):
+            before, now = theirs.get(key, "nothing"), self.identity.get(key, "nothing")
+            if before != now:
+                raise RunError(
+                    f"the checkpoint belongs to a run with {key}={before}, this one has {key}={now}; "
+                    "resume with the run's own settings, or start a new run"
+                )
+        expected = {name: tuple(t.shape) for name, t in self.trained().items()}
+        found = {name: tuple(t.shape) for name, t in checkpoint["state_dict"].items()}
+        if expected != found:
+            name = min(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+            raise RunError(
+                f"the checkpoint does not fit the model: {name} is {found.get(name, 'missing')} in it and "
+                f"{expected.get(name, 'not trained')} here"
+            )
+        self.rollouts, self.updates = own["rollouts"], own["updates"]
+        self.latest, self.seconds = dict(own["latest"]), dict(own["seconds"])
+        self.earlier = own["elapsed"]
 
 
 def _random_state(device: torch.device) -> Tensor:

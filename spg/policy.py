@@ -5,8 +5,12 @@ The vocabulary axis stays in here: log-probabilities leave as [N T], choices as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 
+from spg.adapters import LoRA, add_adapter, load_adapter, save_adapter
 from spg.models.network import Network
 from spg.tasks.base import Chat, Example, Template
 from spg.types import Prompts
@@ -36,6 +41,9 @@ class Policy(nn.Module):
         self.eos_id = self._token_id("eos_token_id")
         self.pad_id = self._token_id("pad_token_id")
         self._never: Tensor | None = None
+        # in lists, so that neither is a submodule: the adapter wraps the network, the copy is not trained
+        self._adapter: list[Any] = []
+        self._reference: list[Network] = []
         # a group repeats its prompt, and templates repeat short texts
         self._encode_text = lru_cache(maxsize=4096)(self._encode)
 
@@ -49,6 +57,52 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         """Device of the weights."""
         return next(self.network.parameters()).device
+
+    def adapt(self, lora: LoRA) -> None:
+        """Train an adapter from now on instead of the network's own weights."""
+        self._adapter = [add_adapter(self.network, lora)]
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained instead of the network's own weights."""
+        return bool(self._adapter)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter as a PEFT folder, which `peft.PeftModel.from_pretrained` loads."""
+        save_adapter(self._adapter[0], folder)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Fill the adapter from a PEFT folder; raises ValueError where it does not fit."""
+        load_adapter(self._adapter[0], folder)
+
+    def keep_reference(self) -> None:
+        """Remember the model as it is now, for `as_reference`.
+
+        With an adapter that costs nothing: the model without it is the reference.
+        """
+        if not self._adapter:
+            self._reference = [copy.deepcopy(self.network).requires_grad_(False)]
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Be the reference model, without dropout: the adapter switched off, or the frozen copy.
+
+        Raises ValueError where none was kept.
+        """
+        if not (self._adapter or self._reference):
+            raise ValueError("no reference model was kept; call keep_reference() before training")
+        was_training, own = self.training, self.network
+        self.eval()
+        try:
+            if self._adapter:
+                with self._adapter[0].disable_adapter():
+                    yield
+            else:
+                self.network = self._reference[0].to(self.device).eval()
+                yield
+        finally:
+            self.network = own
+            self.train(was_training)
 
     def encode(self, prompt: str | Chat) -> list[int]:
         """Return the token ids of a text, or of a chat in the model's template.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from spg import config
+from spg import config, launch
 
 log = logging.getLogger(__name__)
 
@@ -28,4 +28,4 @@ def job(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    config.run("pretrain", job)
+    launch.run("pretrain", job)

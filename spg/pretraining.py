@@ -109,7 +109,7 @@ def combination(cfg: DictConfig) -> dict[str, Any]:
     """Return all that base weights depend on: model, task and pretraining settings."""
     # base weights are made on generated examples, whatever file or reward the run itself uses
     left_out = {
-        "model": ["weights"],
+        "model": ["weights", "lora"],
         "task": ["reward", "eval_size", "path"],
         "pretrain": [],
     }
@@ -136,17 +136,23 @@ def cache_dir() -> Path:
 
 
 def build_policy(cfg: DictConfig) -> Policy:
-    """Build the configured policy with its weights: base ones, random ones, or those of a file."""
+    """Build the configured policy with its weights, base, random or a file's, and its adapter."""
     policy = Policy(build(cfg.model.network), build(cfg.model.tokenizer))
+    _load(policy, cfg)
+    if cfg.model.lora is not None:
+        policy.adapt(build(cfg.model.lora))
+    return policy
+
+
+def _load(policy: Policy, cfg: DictConfig) -> None:
     if cfg.model.weights == "random":
-        return policy
+        return
     path = base_weights(cfg) if cfg.model.weights == "base" else Path(cfg.model.weights)
     try:
         load_weights(policy.network, path)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     log.info("Weights: %s", path)
-    return policy
 
 
 def base_weights(cfg: DictConfig) -> Path:

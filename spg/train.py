@@ -5,31 +5,26 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig
 
-from spg import config
-
-log = logging.getLogger(__name__)
+from spg import config, launch, runs
 
 
 def job(cfg: DictConfig) -> None:
     """Train as configured and leave a run directory with weights, metrics, curve and summary."""
-    started = time.perf_counter()
     config.check(cfg)
-    from spg.training import train
-
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
-    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    for line in config.notes(cfg, list(hydra_cfg.overrides.task)):
-        log.warning(line)
-    train(cfg, folder, started)
+    overrides = list(hydra_cfg.overrides.task)
+    if hydra_cfg.mode == RunMode.MULTIRUN:
+        runs.sweep_job(cfg, folder, overrides, launch.swept_values(cfg))
+    else:
+        runs.start(cfg, folder, overrides)
 
 
 if __name__ == "__main__":
-    config.run("config", job)
+    launch.run("config", job, runs.resume)

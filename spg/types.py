@@ -89,6 +89,15 @@ class Experience(_Rows):
 
 
 @dataclass(frozen=True)
+class Cohort:
+    """All N sequences of an update, over all processes: what normalisers count."""
+
+    group: Tensor  # [N] number of the prompt that a sequence belongs to
+    lengths: Tensor  # [N] positions that may be scored
+    own: slice  # the B of them that this process computes
+
+
+@dataclass(frozen=True)
 class MaskedSamples(_Rows):
     """M masked copies of each sequence, and which of their positions count for how much."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -44,7 +46,30 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 
 
 def load_checkpoint(network: nn.Module, path: str | Path) -> None:
-    """Fill a network with the policy's weights of a training checkpoint."""
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    """Fill a network with the trained tensors of a training checkpoint.
+
+    Raises ValueError where the file is broken or its tensors are not those that the network trains.
+    """
     prefix = "policy.network."
-    network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    found = {k.removeprefix(prefix): v for k, v in read_checkpoint(path)["state_dict"].items()}
+    own = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    wrong = sorted(n for n in own.keys() | found.keys() if n not in own or n not in found)
+    wrong += [n for n in own if n in found and own[n].shape != found[n].shape]
+    if wrong:
+        raise ValueError(f"{path} does not fit this model: {len(wrong)} tensors differ, first {wrong[0]}")
+    network.load_state_dict(found, strict=False)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return a training checkpoint; raises ValueError where the file is missing, broken or another's."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; give a checkpoint that spg.train wrote")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ValueError(f"{path} can't be read as a checkpoint ({reason})") from error
+    if not isinstance(checkpoint, dict) or "spg" not in checkpoint or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is no checkpoint of spg.train")
+    return checkpoint

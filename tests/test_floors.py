@@ -15,10 +15,10 @@ FLOORS = [
     {"weights", "policy"},
     {"decoding"},
     {"collect", "data", "loggers"},
-    {"figures", "module", "config"},
-    {"callbacks", "pretraining", "usage"},
+    {"module", "config", "sweeps"},
+    {"callbacks", "pretraining", "usage", "plots"},
     {"training", "scoring"},
-    {"train", "pretrain", "evaluate"},
+    {"train", "pretrain", "evaluate", "figures"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # a package and its own files share a floor; so may a file and the base it builds on
@@ -26,6 +26,7 @@ WITHIN = {
     ("objectives.spg", "estimators"),
     ("models.llada", "models.network"),
     ("tasks.sudoku", "tasks.base"),
+    ("sweeps", "config"),
 }
 # help is shown by the function that reads the command line, and imported only then
 LATE = {("config", "usage")}

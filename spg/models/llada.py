@@ -7,8 +7,9 @@ published checkpoints (`model.transformer.blocks.N.q_proj.weight` and so on).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -189,6 +190,13 @@ class LLaDA(Network):
     seed: of the initial weights, normal with deviation 1 / sqrt(inputs), those that write into the
     residual stream divided by sqrt(2 * layers).
     """
+
+    # of the seven names in the published setting, LLaDA's layers have these four; a layer's ff_out and
+    # the head share a name, hence the whole path
+    lora_targets: ClassVar[Mapping[str, str]] = {
+        "released": r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|up_proj)",
+        "all": r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)",
+    }
 
     def __init__(self, config: LLaDAConfig, seed: int = 0) -> None:
         super().__init__()

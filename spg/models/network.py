@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 
 class Network(nn.Module):
-    """Token ids to hidden states to logits, in two steps: the head runs only where it is asked for."""
+    """Token ids to hidden states to logits, in two steps: the head runs only where it is asked for.
+
+    lora_targets: regular expressions of the matrices that an adapter may train, by the names
+    `released` and `all`.
+    """
+
+    lora_targets: ClassVar[Mapping[str, str]]
 
     @abstractmethod
     def hidden(self, ids: Tensor, attention_mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:

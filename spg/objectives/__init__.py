@@ -6,22 +6,35 @@ from typing import Protocol
 
 from torch import Tensor
 
-from spg.types import Experience, MaskedSamples
+from spg.types import Cohort, Experience, MaskedSamples
 
 
 class Objective(Protocol):
     """What the update minimises.
 
-    `learns_from` says which sequences [B] need log-probabilities at all; the others get zeros for
-    theirs but still count in every normaliser.
+    `needs` names what must be computed beside the policy's log-probabilities: `reference`, those of
+    the model before training. `learns_from` says which sequences [B] need log-probabilities at all;
+    the others get zeros for theirs but still count in every normaliser.
     """
+
+    needs: frozenset[str]
 
     def learns_from(self, experience: Experience) -> Tensor:
         """Return bool [B]: True where the sequence's log-probabilities can change the loss."""
         ...
 
     def __call__(
-        self, token_logps: Tensor, samples: MaskedSamples, experience: Experience
+        self,
+        token_logps: Tensor,
+        samples: MaskedSamples,
+        experience: Experience,
+        cohort: Cohort | None = None,
+        reference: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (loss [], metrics) from log-probabilities [B M T] of the samples."""
+        """Return (loss [], figures {name: [B]}) from log-probabilities [B M T] of the samples.
+
+        With a cohort of several processes the loss is this process's share, so that the shares' sum
+        is the loss of all. Figures hold for the sequences that are learned from. reference [B M T]:
+        the reference model's log-probabilities, where `needs` names them.
+        """
         ...

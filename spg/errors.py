@@ -1,0 +1,11 @@
+"""What ends a run, in words that the user needs, without a traceback."""
+
+from __future__ import annotations
+
+
+class RunError(Exception):
+    """A run that can't go on; the text says what happened and what to do."""
+
+
+class Interrupted(BaseException):
+    """A run that was asked to stop; its state is saved, and the text says how to go on."""

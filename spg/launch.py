@@ -1,0 +1,132 @@
+"""From a command line to its job: one run, a multirun, or a run that goes on; and how each may end."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from spg.config import CONF_DIR, ConfigError, Plan, group_choices, preflight, sweep_folder
+from spg.errors import Interrupted, RunError
+from spg.status import write_json
+from spg.sweeps import read_jobs, show_jobs, write_runs
+
+log = logging.getLogger(__name__)
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def run(
+    primary: str,
+    job: Callable[[DictConfig], Any],
+    resume: Callable[[str, list[str]], Any] | None = None,
+) -> None:
+    """Check the command line against the primary config `primary`, then let Hydra run `job`.
+
+    resume: what to do instead with the path and the other overrides, where `resume=<path>` is among them.
+    Ends the process with 2 after a mistake of the user's, 1 after a failure, 130 after an interruption.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve shared cores
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let our errors through, unwrapped
+    try:
+        argv = group_choices(sys.argv[1:])
+        paths = [line.removeprefix("resume=") for line in argv if line.startswith("resume=")]
+        if resume is not None and paths:
+            resume(paths[-1], [line for line in argv if not line.startswith("resume=")])
+            return
+        plan = preflight(primary, argv)
+        if plan is None:
+            return
+        sys.argv[1:] = plan.arguments
+        app = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=primary)(job)
+        if plan.multirun:
+            _sweep(primary, plan, argv, app)
+        else:
+            app()
+    except ConfigError as error:
+        _end(str(error), 2)
+    except RunError as error:
+        _end(str(error), 1)
+    except Interrupted as stop:
+        _end(str(stop), 130)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        _end(f"{error}: make room, then go on with resume=<run dir>", 1)
+
+
+def _end(text: str, code: int) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.exit(code)
+
+
+def _sweep(primary: str, plan: Plan, argv: list[str], app: Callable[[], Any]) -> None:
+    """Run a multirun, then show all its jobs; raises RunError where some did not finish."""
+    os.environ["SPG_SWEEP"] = plan.name
+    os.environ["SPG_SWEPT"] = json.dumps(plan.swept)
+    folder = sweep_folder(primary, plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", "spg.train", *argv])
+    about = folder / "sweep.json"
+    if about.is_file():
+        before = json.loads(about.read_text(encoding="utf-8"))
+        if before["swept"] != list(plan.swept):
+            raise ConfigError(
+                f"{folder} holds another multirun ({before['command']}); give another hydra.sweep.dir"
+            )
+    write_json(about, {"name": plan.name, "command": command, "swept": list(plan.swept)})
+    app()
+    write_runs(folder)
+    show_jobs(folder)
+    log.info("Multirun: %s", folder)
+    left = [job for job in read_jobs(folder) if job.state != "finished"]
+    if left:
+        raise RunError(
+            f"{len(left)} of the multirun's jobs did not finish; the same command again does these only: "
+            f"{command}"
+        )
+
+
+def swept() -> list[str]:
+    """Return the keys that the multirun sweeps, [] outside one."""
+    keys: list[str] = json.loads(os.environ.get("SPG_SWEPT", "[]"))
+    return keys
+
+
+def swept_values(cfg: DictConfig) -> dict[str, Any]:
+    """Return this job's values of the swept keys."""
+    choices = HydraConfig.get().runtime.choices
+    values = {key: choices[key] if key in choices else OmegaConf.select(cfg, key) for key in swept()}
+    return {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in values.items()}
+
+
+def job_name(overrides: list[str]) -> str:
+    """Return a directory name for a job with these overrides, which the command line takes as it is.
+
+    It is made of the swept keys and values: `estimator-elbo_seed-1`.
+    """
+    given = dict(line.partition("=")[::2] for line in overrides)
+    parts = []
+    for key in swept():
+        value = given.get(key, "")
+        plain = re.sub(r"[^A-Za-z0-9.-]", "-", value)
+        # what was replaced still tells jobs apart
+        mark = "" if plain == value else f"-{zlib.crc32(value.encode()):08x}"
+        parts.append(f"{re.sub(r'[^A-Za-z0-9.-]', '.', key)}-{plain}{mark}")
+    return "_".join(parts) or "job"
+
+
+OmegaConf.register_new_resolver(
+    "job_name", lambda: job_name(list(HydraConfig.get().overrides.task)), replace=True
+)

@@ -1,0 +1,48 @@
+"""What a run's directory says about the run: its state, and who is at work in it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from spg.errors import RunError
+
+STATES = ("running", "finished", "failed", "interrupted")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` to `path`, whole or not at all."""
+    staged = path.with_name(f"{path.name}.tmp")
+    staged.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(staged, path)
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """Return the status of the run in `folder`, {} where there is none."""
+    path = folder / "status.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_status(folder: Path, **changes: Any) -> None:
+    """Change entries of `<folder>/status.json`; `state` is one of STATES."""
+    write_json(folder / "status.json", {**read_status(folder), **changes})
+
+
+@contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """Hold the run's directory; raises RunError where another process holds it.
+
+    The lock ends with the process, however it ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"{folder} is in use: another process is at work on this run") from error
+        yield
