@@ -7,7 +7,8 @@ import os
 import random
 import signal
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -222,14 +223,20 @@ class Interruption(pl.Callback):
         self.asked = False
         self._before: dict[int, Any] = {}
 
-    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        """Take the signals over, where this thread may."""
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals over for the time of a `with` block, where this thread may."""
         if threading.current_thread() is threading.main_thread():
             self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take the signals over again."""
-        for number in self._before:  # again: Lightning has put its own there since
+        for number in self._before:  # Lightning has put its own there since
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
@@ -247,12 +254,6 @@ class Interruption(pl.Callback):
         if self.asked:
             self.checkpoints.act(trainer, module)
             trainer.should_stop = True
-
-    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
 
 
 class Samples(_Every):

@@ -259,7 +259,9 @@ def is_known(cfg: DictConfig, key: str) -> bool:
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise ConfigError where a number or choice of the configuration is out of its limits."""
+    """Raise ConfigError where something must be given, or a number or choice is out of its limits."""
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        raise ConfigError(f"{key} must be given: {key}=...; --help says what it is")
     for key in keys(cfg):
         name = key.rpartition(".")[2]
         if name not in LIMITS:

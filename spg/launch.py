@@ -49,11 +49,21 @@ def run(
         if plan is None:
             return
         sys.argv[1:] = plan.arguments
-        app = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=primary)(job)
+        failures: list[Exception] = []
+
+        def told(cfg: DictConfig) -> None:
+            try:
+                job(cfg)
+            except (ConfigError, RunError, OSError) as error:  # Hydra would put a line of its own before it
+                failures.append(error)
+
+        app = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=primary)(told)
         if plan.multirun:
             _sweep(primary, plan, argv, app)
         else:
             app()
+        if failures:
+            raise failures[0]
     except ConfigError as error:
         _end(str(error), 2)
     except RunError as error:

@@ -136,9 +136,9 @@ class Training(pl.LightningModule):
         """Return the rows [B ...] of all processes, [N ...], in the order of their ranks."""
         if self.processes == 1:
             return rows
-        gathered = self.all_gather(rows)
-        assert isinstance(gathered, Tensor)
-        return gathered.flatten(0, 1)
+        parts = [torch.empty_like(rows) for _ in range(self.processes)]
+        dist.all_gather(parts, rows.detach().contiguous())
+        return torch.cat(parts)
 
     def joined(self, rows: list[Any]) -> list[Any]:
         """Return the lists of all processes, one behind the other, in the order of their ranks."""
@@ -229,12 +229,12 @@ class Training(pl.LightningModule):
         the processes in the last backward pass. Returns this process's share of the loss and the
         objective's figures [B].
         """
-        pieces = self._pieces(experience, samples)
+        pieces = self.pieces_of(experience, samples)
         cohort = self._cohort(experience, samples)
         reference = None
         if "reference" in self.objective.needs:
             with self.policy.as_reference(), torch.no_grad():
-                reference = self._all_logps(experience, samples, pieces)
+                reference = self.all_logps(experience, samples, pieces)
         if len(pieces) <= 1:
             token_logps = torch.zeros(samples.scored.shape, device=samples.scored.device)
             for piece in pieces:
@@ -245,7 +245,7 @@ class Training(pl.LightningModule):
 
         states: list[Tensor] = []
         with torch.no_grad():
-            frozen = self._all_logps(experience, samples, pieces, states)
+            frozen = self.all_logps(experience, samples, pieces, states)
         frozen.requires_grad_()
         loss, figures = self.objective(frozen, samples, experience, cohort, reference)
         (gradient,) = torch.autograd.grad(loss, frozen)
@@ -283,7 +283,7 @@ class Training(pl.LightningModule):
         start = self.global_rank * len(experience.rewards)
         return Cohort(group, lengths, slice(start, start + len(experience.rewards)))
 
-    def _all_logps(
+    def all_logps(
         self,
         experience: Experience,
         samples: MaskedSamples,
@@ -298,7 +298,7 @@ class Training(pl.LightningModule):
             logps[piece] = self._token_logps(experience, samples, piece)
         return logps
 
-    def _pieces(self, experience: Experience, samples: MaskedSamples) -> list[tuple[Tensor, Tensor]]:
+    def pieces_of(self, experience: Experience, samples: MaskedSamples) -> list[tuple[Tensor, Tensor]]:
         """Cut the (sequence, draw) pairs to compute into pieces of at most micro_batch_size."""
         learned = self.objective.learns_from(experience).unsqueeze(-1) & samples.scored.any(-1)
         rows, draws = learned.nonzero(as_tuple=True)
@@ -348,12 +348,9 @@ class Training(pl.LightningModule):
         self, what: str, experience: Experience, samples: MaskedSamples | None = None
     ) -> NonFiniteError:
         """Return the error that names update and examples; every process must call it."""
-        culprits = self._culprits(experience, samples)
+        culprits = self.culprits(experience, samples)
         rollout = experience.rollout
-        own = [
-            (self.task.prompt(rollout.examples[i]), rollout.texts[i], float(experience.rewards[i]))
-            for i in culprits
-        ]
+        own = [(dict(rollout.examples[i]), rollout.texts[i], float(experience.rewards[i])) for i in culprits]
         named = self.joined(own)
         state = {n: p.detach().cpu() for n, p in self.policy.named_parameters() if p.requires_grad}
         record = {
@@ -366,20 +363,20 @@ class Training(pl.LightningModule):
             ),
             "culprits": named,
         }
-        listed = "\n".join(f"  prompt {p!r}, completion {t!r}, reward {r}" for p, t, r in named[:5])
+        listed = "\n".join(f"  {p}, completion {t!r}, reward {r}" for p, t, r in named[:5])
         more = f"\n  and {len(named) - 5} more" if len(named) > 5 else ""
         found = f"sequences:\n{listed}{more}" if named else "no single sequence: the weights are not finite"
         return NonFiniteError(
             f"the {what} of update {self.updates + 1} is not a finite number; {found}", record
         )
 
-    def _culprits(self, experience: Experience, samples: MaskedSamples | None) -> list[int]:
+    def culprits(self, experience: Experience, samples: MaskedSamples | None) -> list[int]:
         """Return the rows whose reward, log-probabilities or gradient are not finite."""
-        bad = ~(experience.rewards.isfinite() & experience.advantages.isfinite())
+        bad = ~experience.rewards.isfinite()
         if samples is None or bool(bad.any()):
             return bad.nonzero().flatten().tolist()
         with torch.no_grad():
-            logps = self._all_logps(experience, samples, self._pieces(experience, samples))
+            logps = self.all_logps(experience, samples, self.pieces_of(experience, samples))
         bad = (~logps.isfinite() & samples.scored).any(2).any(1)
         if bool(bad.any()):
             return bad.nonzero().flatten().tolist()
@@ -389,7 +386,7 @@ class Training(pl.LightningModule):
             index = torch.tensor([row], device=bad.device)
             one, masked = experience.select(index), samples.select(index)
             logps = torch.zeros(masked.scored.shape, device=bad.device)
-            for piece in self._pieces(one, masked):
+            for piece in self.pieces_of(one, masked):
                 logps = logps.index_put(piece, self._token_logps(one, masked, piece))
             if logps.requires_grad:
                 loss, _ = self.objective(logps, masked, one, None, logps.detach())

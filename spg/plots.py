@@ -83,14 +83,14 @@ class Axis:
     """How settings are laid out: `numeric` along x (or None), `category` a line, panel or bar each.
 
     The x axis is the swept key with the most values among those that hold numbers alone; all other
-    keys together name the category.
+    keys together name the category, the estimator first, since it gives the colour.
     """
 
     def __init__(self, settings: Sequence[Mapping[str, Any]]) -> None:
         values = {key: list(dict.fromkeys(s[key] for s in settings)) for key in settings[0]}
         numbers = [k for k, v in values.items() if len(v) > 1 and all(isinstance(x, int | float) for x in v)]
         self.numeric = max(numbers, key=lambda key: len(values[key]), default=None)
-        self.others = [key for key in values if key != self.numeric]
+        self.others = sorted((k for k in values if k != self.numeric), key=lambda k: k != "estimator")
         self.ticks = sorted(values[self.numeric]) if self.numeric else []
         self.categories = list(dict.fromkeys(self.category(setting) for setting in settings))
         spread = self.ticks[-1] - self.ticks[0] if self.ticks else 0
@@ -117,7 +117,7 @@ class Axis:
         rests = list(dict.fromkeys(names[1:] for names in self.categories))
         dashes = DASHES[rests.index(category[1:]) % len(DASHES)]
         named = [
-            METHODS[value][0] if value in METHODS else f"{key}={value}"
+            METHODS[value][0] if key == "estimator" and value in METHODS else f"{key}={value}"
             for key, value in zip(self.others, category, strict=True)
         ]
         return ", ".join(named), {"color": colour, "marker": marker, "linestyle": dashes}

@@ -179,7 +179,8 @@ def _fit(cfg: DictConfig, folder: Path, started: float, begin: Path | None, grou
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, Turns(module), ckpt_path=begin, weights_only=True)
+    with interruption.listening():
+        trainer.fit(module, Turns(module), ckpt_path=begin, weights_only=True)
     if module.updates < module.max_updates:
         raise Interrupted(f"stopped after update {module.updates}, which is saved")
     if not first:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from spg import config, runs
+from spg.loggers import read_metrics
 from spg.models.llada import LLaDA, LLaDAConfig
 from spg.models.tokenizer import tiny_tokenizer
 from spg.policy import Policy
@@ -123,3 +127,57 @@ def open_prompts(ids: Tensor, length: int, mask: Tensor | None = None) -> Prompt
         index=torch.arange(n),
         examples=({},) * n,
     )
+
+
+QUICK = ("experiment=quick", "trainer.threads=1", "trainer.checkpoint_every=4")
+# columns that tell wall-clock time
+TIMES = ("time/", "throughput/")
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """Return the command that runs an entry point; `module` may be a module of the tests too."""
+    name = module if "." in module else f"spg.{module}"
+    return [sys.executable, "-m", name, *arguments]
+
+
+def run(module: str, *overrides: str, folder: Path | None = None, check: bool = True) -> str:
+    """Run an entry point in a process of its own and return what it printed."""
+    line = command(module, *overrides)
+    if folder is not None:
+        line.append(f"hydra.run.dir={folder}")
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def train_here(folder: Path, *overrides: str) -> Path:
+    """Train in this process, as `spg.train` with QUICK would, and return the run's folder."""
+    cfg = config.compose("config", [*QUICK, *overrides])
+    runs.start(cfg, folder, [])
+    return folder
+
+
+def comparable(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's metrics.csv, in their columns' order, without wall-clock times."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith(TIMES)}
+        for row in read_metrics(folder / "metrics.csv")
+    ]
+
+
+def same_run(first: Path, second: Path) -> bool:
+    """Return whether two runs left the same weights and the same metrics.csv, bit for bit."""
+    weights = [
+        load_file(
+            p / "weights.safetensors"
+            if (p / "weights.safetensors").exists()
+            else p / "adapter" / "adapter_model.safetensors"
+        )
+        for p in (first, second)
+    ]
+    equal = weights[0].keys() == weights[1].keys()
+    equal = equal and all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    rows = [comparable(p) for p in (first, second)]
+    headers = [[k for k in r[0] if not k.startswith(TIMES)] for r in rows]
+    return equal and rows[0] == rows[1] and headers[0] == headers[1]

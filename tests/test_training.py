@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,21 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from spg.loggers import MetricsCSV, read_metrics
-from tests.helpers import ROOT
-
-# columns that tell wall-clock time
-TIMES = ("time/", "throughput/")
-
-
-def run(module: str, *overrides: str, folder: Path | None = None, check: bool = True) -> str:
-    """Run an entry point in a process of its own and return what it printed."""
-    command = [sys.executable, "-m", f"spg.{module}", *overrides]
-    if folder is not None:
-        command.append(f"hydra.run.dir={folder}")
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+from tests.helpers import ROOT, comparable, run
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +77,6 @@ def test_metrics_have_the_names_of_the_field(quick: Path) -> None:
     assert [bool(row["reward"]) for row in rows[1:]] == [True, False, False, False] * 2
     assert [row["update"] for row in rows if row["val/accuracy"]] == ["0", "4", "8"]
     assert float(rows[1]["lr"]) < float(rows[8]["lr"]), "warm-up"
-
-
-def comparable(folder: Path) -> list[dict[str, str]]:
-    return [
-        {k: v for k, v in row.items() if not k.startswith(TIMES)}
-        for row in read_metrics(folder / "metrics.csv")
-    ]
 
 
 def test_same_seed_same_run_and_another_seed_another(quick: Path, tmp_path: Path) -> None:

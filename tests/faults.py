@@ -1,0 +1,135 @@
+"""Run an entry point with a fault planted: `python -m tests.faults <fault> <module> <argument> ...`.
+
+The faults stand for what happens to real runs: a process killed at some moment, a disk that is full, a
+number that is none.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Patch = Callable[[Any, str, Any], None]
+
+
+def killed_while_saving(number: str, patch: Patch = setattr) -> None:
+    """Die by SIGKILL when half of checkpoint file number `number`, from 1, has been written."""
+    from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+    original, calls = TorchCheckpointIO.save_checkpoint, []
+
+    def save(self: Any, checkpoint: Any, path: Any, *rest: Any, **more: Any) -> None:
+        calls.append(path)
+        original(self, checkpoint, path, *rest, **more)
+        if len(calls) == int(number):
+            os.truncate(path, Path(path).stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    patch(TorchCheckpointIO, "save_checkpoint", save)
+
+
+def full_disk(kilobytes: str, patch: Patch = setattr) -> None:
+    """Let no file grow beyond so many kilobytes, as if the disk were full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(kilobytes) * 1024,) * 2)
+
+
+def reward_is_nan(call: str, patch: Patch = setattr) -> None:
+    """Make the reward number `call`, from 0, NaN."""
+    from spg.tasks.sudoku import Sudoku
+
+    original, calls = Sudoku.reward, []
+
+    def reward(self: Any, example: Any, completion: str) -> dict[str, float]:
+        calls.append(1)
+        parts = original(self, example, completion)
+        return {name: float("nan") for name in parts} if len(calls) == int(call) + 1 else parts
+
+    patch(Sudoku, "reward", reward)
+
+
+def loss_is_inf(update: str, patch: Patch = setattr) -> None:
+    """Make the third sequence's log-probabilities infinite in update number `update`, from 1."""
+    from spg.module import Training
+
+    original = Training._token_logps
+
+    def token_logps(self: Any, experience: Any, samples: Any, piece: Any) -> torch.Tensor:
+        logps = original(self, experience, samples, piece)
+        if self.updates + 1 == int(update):
+            index = experience.rollout.index[piece[0]]
+            logps = torch.where((index == 2).unsqueeze(-1) & samples.scored[piece], logps - torch.inf, logps)
+        return logps
+
+    patch(Training, "_token_logps", token_logps)
+
+
+class _Sick(torch.autograd.Function):
+    """The identity, with a gradient of NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0] * torch.nan
+
+
+def gradient_is_nan(update: str, patch: Patch = setattr) -> None:
+    """Make the gradient through the sixth sequence NaN, its loss being finite, in update `update`."""
+    from spg.module import Training
+
+    original = Training._token_logps
+
+    def token_logps(self: Any, experience: Any, samples: Any, piece: Any) -> torch.Tensor:
+        logps = original(self, experience, samples, piece)
+        if self.updates + 1 == int(update):
+            sick = (experience.rollout.index[piece[0]] == 5).nonzero().flatten()
+            logps = logps.index_put((sick,), _Sick.apply(logps[sick]))
+        return logps
+
+    patch(Training, "_token_logps", token_logps)
+
+
+def interrupted(update: str, patch: Patch = setattr) -> None:
+    """Press Ctrl-C while the metrics of update number `update` are logged."""
+    from spg.module import Training
+
+    original = Training.record
+
+    def record(self: Any, metrics: dict[str, float], at: int) -> None:
+        original(self, metrics, at)
+        if at == int(update) and "loss" in metrics:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    patch(Training, "record", record)
+
+
+def fails_where(key: str, patch: Patch = setattr) -> None:
+    """Raise in the training of runs whose folder's name holds `key`."""
+    import spg.training
+
+    original = spg.training.train
+
+    def train(cfg: Any, folder: Path, *rest: Any) -> None:
+        if key in folder.name:
+            raise ZeroDivisionError("planted")
+        original(cfg, folder, *rest)
+
+    patch(spg.training, "train", train)
+
+
+if __name__ == "__main__":
+    fault, value = sys.argv[1].split("=")
+    globals()[fault](value)
+    sys.argv = sys.argv[2:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
