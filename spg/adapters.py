@@ -38,7 +38,7 @@ def add_adapter(network: Network, lora: LoRA) -> Any:
 
     settings = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes fractions too
+        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=network.lora_targets[lora.targets],
         bias="none",

@@ -71,19 +71,21 @@ def preflight(primary: str, argv: list[str]) -> Plan | None:
         sweeper = _compose(name, [], with_hydra=True).hydra
         params = dict(sweeper.sweeper.params or {})
         multirun = args.multirun or str(sweeper.mode) == "RunMode.MULTIRUN"
-        given = {override.key_or_group for override in overrides}
+        given = {_written(override) for override in overrides}
         every = [*_parse([f"{k}={v}" for k, v in params.items() if k not in given]), *overrides]
         _check_names(name, every)
         for lines in _one_at_a_time(every, multirun):
             check(_compose(name, lines))
-    swept = tuple(dict.fromkeys(o.key_or_group for o in every if o.is_sweep_override() and not _is_hydra(o)))
-    # what the command line gives takes the place of what a sweep's file says, instead of adding to it
-    replaced = [f"~hydra.sweeper.params.{key}" for key in params if key in given]
+    swept = tuple(dict.fromkeys(_written(o) for o in every if o.is_sweep_override() and not _is_hydra(o)))
+    if given & params.keys():  # they take the place of what a sweep's file says, instead of adding to it
+        kept = [f"{key}={value}" for key, value in params.items() if key not in given]
+        first = argv.index(args.overrides[0])
+        argv = [*argv[:first], "hydra.sweeper.params=null", *kept, *argv[first:]]
     asked = sorted(o.input_line or "" for o in overrides if not _is_hydra(o))
     digest = hashlib.sha256(" ".join(asked).encode()).hexdigest()[:8]
     title = name if args.config_name else "_".join(swept) or "single"
     title = title if args.config_name and not asked else f"{title}-{digest}"
-    return Plan((*argv, *replaced), multirun, re.sub(r"[^\w.-]", ".", title), swept)
+    return Plan(tuple(argv), multirun, re.sub(r"[^\w.-]", ".", title), swept)
 
 
 def sweep_folder(primary: str, plan: Plan) -> Path:
@@ -148,6 +150,11 @@ def _is_hydra(override: Override) -> bool:
     return override.key_or_group == "hydra" or override.key_or_group.startswith(("hydra.", "hydra/"))
 
 
+def _written(override: Override) -> str:
+    """Return the key as the command line has it: `estimator@positive` is another than `estimator`."""
+    return override.get_key_element().lstrip("+~")
+
+
 def _is_group(override: Override) -> bool:
     options = GlobalHydra.instance().config_loader().get_group_options(override.key_or_group)
     return bool(options) and not override.is_delete()
@@ -155,7 +162,7 @@ def _is_group(override: Override) -> bool:
 
 def _parse(lines: list[str]) -> list[Override]:
     try:
-        return OverridesParser.create().parse_overrides(lines)
+        return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(lines)
     except HydraException as error:
         raise ConfigError(f"the command line can't be read: {str(error).splitlines()[0]}") from error
 
@@ -172,6 +179,8 @@ def _one_at_a_time(overrides: list[Override], multirun: bool) -> Iterator[list[s
                 )
             head = override.input_line.split("=", 1)[0]
             values.append([f"{head}={value}" for value in override.sweep_string_iterator()])
+            if not values[-1]:
+                raise ConfigError(f"{override.input_line} names no value")
         else:
             values.append([override.input_line or ""])
     first = [options[0] for options in values]
@@ -201,7 +210,7 @@ def _check_group(override: Override) -> None:
     chosen = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
     for value in chosen:
         if value is not None and str(value) not in options:
-            key = override.get_key_element().lstrip("+~")
+            key = _written(override)
             guess = _nearest(str(value), options)
             raise ConfigError(
                 f"{key}={value}: {group} has no option {value!r}; allowed: {', '.join(options)}"

@@ -36,6 +36,7 @@ def reproduce(path: Path) -> bool:
     assert isinstance(cfg, DictConfig)
     torch.set_num_threads(cfg.trainer.threads)
     module = build_module(cfg)
+    module.updates, module.rollouts = update - 1, record["rollout"]
     missing = module.policy.load_state_dict(record["weights"], strict=False).unexpected_keys
     if missing:
         raise ConfigError(f"{path} does not fit the model of its configuration: {missing[0]}")

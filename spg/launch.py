@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from spg.config import CONF_DIR, ConfigError, Plan, group_choices, preflight, sweep_folder
+from spg.console import take_over_logging
 from spg.errors import Interrupted, RunError
 from spg.status import write_json
 from spg.sweeps import read_jobs, show_jobs, write_runs
@@ -68,8 +69,8 @@ def run(
         _end(str(error), 2)
     except RunError as error:
         _end(str(error), 1)
-    except Interrupted as stop:
-        _end(str(stop), 130)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        _end(str(stop) or "stopped", 130)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
@@ -96,7 +97,13 @@ def _sweep(primary: str, plan: Plan, argv: list[str], app: Callable[[], Any]) ->
                 f"{folder} holds another multirun ({before['command']}); give another hydra.sweep.dir"
             )
     write_json(about, {"name": plan.name, "command": command, "swept": list(plan.swept)})
-    app()
+    try:
+        app()
+    except (Interrupted, KeyboardInterrupt) as stop:
+        raise Interrupted(
+            f"{stop or 'stopped'}; the multirun goes on with the same command: {command}"
+        ) from stop
+    take_over_logging()
     write_runs(folder)
     show_jobs(folder)
     log.info("Multirun: %s", folder)

@@ -120,6 +120,7 @@ def wandb_logger(
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
+    wandb.finish()  # the run before in this process, in a multirun: W&B would go on with that one
     offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
     if offline:
         log.info("W&B: no account found, logging offline; `wandb sync` later: %s/wandb/offline-*", folder)
@@ -138,5 +139,5 @@ def wandb_logger(
         resume="allow",
         **mode,
     )
-    logger.experiment.config.update(config)
+    logger.experiment.config.update(config, allow_val_change=True)
     return logger

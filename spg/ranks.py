@@ -28,7 +28,7 @@ _NAMES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 def rank() -> int:
     """Return this process's number in its run, 0 for the first or only one."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(os.environ.get("SPG_RANK", "0"))
 
 
 class Ranks:
@@ -36,7 +36,8 @@ class Ranks:
 
     target: what they resume, the run's directory or a checkpoint in it. When one of them dies, `lost` is
     called with a line that says so, after GRACE seconds in which this process may have noticed and left
-    the block by itself. Outside the first process, and for a count of 1, nothing happens.
+    the block by itself. Outside the first process, and for a count of 1, nothing happens. Raises RunError
+    where another launcher has started this process as one of several.
     """
 
     def __init__(self, target: Path, count: int, lost: Callable[[str], None]) -> None:
@@ -49,6 +50,11 @@ class Ranks:
     def __enter__(self) -> Self:
         if self.count == 1 or rank() > 0:
             return self
+        if "LOCAL_RANK" in os.environ:
+            raise RunError(
+                "this process was started by torchrun or another launcher (LOCAL_RANK is set), but a run "
+                "starts its processes itself: python -m spg.train trainer=ddp trainer.devices=<number>"
+            )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -56,7 +62,7 @@ class Ranks:
         os.environ.update(zip(_NAMES, values, strict=True))
         command = [sys.executable, "-m", "spg.train", f"resume={self.target}"]
         for number in range(1, self.count):
-            environment = {**os.environ, "LOCAL_RANK": str(number)}
+            environment = {**os.environ, "LOCAL_RANK": str(number), "SPG_RANK": str(number)}
             self.others.append(subprocess.Popen(command, env=environment, start_new_session=True))
         threading.Thread(target=self._watch, daemon=True).start()
         return self

@@ -23,12 +23,15 @@ from spg.status import at_work, read_status, write_status
 
 log = logging.getLogger(__name__)
 
-# what a run may go on with in another way: none of it changes a number of the updates done
+# what a run may go on with in another way: the last three change rounding at most
 CHANGEABLE = (
     "trainer.max_updates",
     "trainer.checkpoint_every",
     "trainer.keep_every",
     "trainer.samples_every",
+    "trainer.threads",
+    "trainer.micro_batch_size",
+    "trainer.eval_batch_size",
 )
 
 

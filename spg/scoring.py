@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 from rich.table import Table
-from torch import nn
 
 from spg.collect import evaluate
 from spg.config import ConfigError, build
 from spg.console import console, take_over_logging
 from spg.decoding import Decoder
+from spg.policy import Policy
 from spg.pretraining import build_policy
 from spg.tasks.base import Task
 from spg.weights import load_checkpoint, load_weights
@@ -41,7 +41,7 @@ def evaluate_models(cfg: DictConfig, folder: Path) -> dict[str, dict[str, float]
     table.add_column("model", no_wrap=True)
     results: dict[str, dict[str, float]] = {}
     intervals: dict[str, dict[str, tuple[float, float]]] = {}
-    for name in models(cfg, policy.network):
+    for name in models(cfg, policy):
         result = evaluate(policy, decoder, task, examples, cfg.eval_batch_size, cfg.seed)
         if not results:
             for measure in result.measures:
@@ -71,8 +71,8 @@ def evaluate_models(cfg: DictConfig, folder: Path) -> dict[str, dict[str, float]
     return results
 
 
-def models(cfg: DictConfig, network: nn.Module) -> Iterator[str]:
-    """Fill `network` with one model after the other, and yield the name of each.
+def models(cfg: DictConfig, policy: Policy) -> Iterator[str]:
+    """Fill `policy` with one model after the other, and yield the name of each.
 
     Raises ConfigError where a run has no weights yet.
     """
@@ -81,13 +81,18 @@ def models(cfg: DictConfig, network: nn.Module) -> Iterator[str]:
         return
     found = False
     for path in sorted(Path(cfg.run, "checkpoints").glob("*.ckpt")):
-        load_checkpoint(network, path)
+        load_checkpoint(policy.network, path)
         found = True
         yield f"checkpoints/{path.name}"
     final = Path(cfg.run, "weights.safetensors")
+    adapter = Path(cfg.run, "adapter")
     if final.is_file():
-        load_weights(network, final)
+        load_weights(policy.network, final)
         found = True
         yield final.name
+    elif adapter.is_dir() and policy.has_adapter:
+        policy.load_adapter(adapter)
+        found = True
+        yield adapter.name
     if not found:
         raise ConfigError(f"run={cfg.run} holds neither checkpoints nor weights.safetensors yet")

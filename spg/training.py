@@ -36,7 +36,7 @@ from spg.loggers import MetricsCSV, wandb_logger
 from spg.memory import keep_freed_memory
 from spg.module import NonFiniteError, Optimization, Training
 from spg.plots import curve
-from spg.pretraining import build_policy
+from spg.pretraining import base_weights, build_policy
 from spg.ranks import Ranks, end_with_parent, rank
 from spg.runs import identity
 from spg.status import read_status, write_json, write_status
@@ -104,30 +104,38 @@ def train(
     last = saved / "last.ckpt"
     begin = checkpoint or (last if last.exists() else None)
     log.info("Run: %s", folder)
-    again = f"python -m spg.train resume={folder}"
 
     def lost(line: str) -> None:
         write_status(folder, state="failed", error=line)
-        os.write(2, f"{line}; go on with: {again}\n".encode())
+        os.write(2, f"{line}; go on with: python -m spg.train resume={folder}\n".encode())
         os._exit(1)
 
     try:
+        if rank() == 0 and cfg.model.weights == "base":
+            base_weights(cfg)  # made now, if need be, and not by each process
         with Ranks(checkpoint or folder, cfg.trainer.devices, lost):
             _fit(cfg, folder, started, begin, group)
-    except NonFiniteError as error:
-        path = folder / f"nonfinite-update-{error.record['update']:06d}.pt"
-        if rank() == 0:
-            torch.save({**error.record, "config": OmegaConf.to_container(cfg, resolve=True)}, path)
-        see = f"python -m spg.reproduce file={path}"
-        raise RunError(f"{error}\nNothing was saved after it. See it again with: {see}") from error
-    except Interrupted as stop:
-        raise Interrupted(f"{stop}; go on with: {again}") from stop
-    except RunError as error:
-        raise RunError(f"{error}\nGo on with: {again}") from error
+    except (RunError, Interrupted) as error:
+        if rank() > 0:  # the first process tells
+            raise SystemExit(1) from error
+        raise told(error, cfg, folder) from error
     except Exception:
         if rank() > 0:
             time.sleep(2.0)  # where the first process died, end_with_parent says so meanwhile
         raise
+
+
+def told(error: RunError | Interrupted, cfg: DictConfig, folder: Path) -> RunError | Interrupted:
+    """Return an error with what to do about it; a number that is none is written to a file to see again."""
+    again = f"python -m spg.train resume={folder}"
+    if isinstance(error, Interrupted):
+        return Interrupted(f"{error}; go on with: {again}")
+    if isinstance(error, NonFiniteError):
+        path = folder / f"nonfinite-update-{error.record['update']:06d}.pt"
+        torch.save({**error.record, "config": OmegaConf.to_container(cfg, resolve=True)}, path)
+        see = f"python -m spg.reproduce file={path}"
+        return RunError(f"{error}\nNothing was saved after it. See it again with: {see}")
+    return RunError(f"{error}\nGo on with: {again}")
 
 
 def _fit(cfg: DictConfig, folder: Path, started: float, begin: Path | None, group: str | None) -> None:

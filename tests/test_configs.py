@@ -62,9 +62,11 @@ def test_symbols_reach_the_constructors() -> None:
 
 def test_every_number_and_choice_has_a_limit() -> None:
     """A number without a limit would be checked nowhere."""
-    free = {"weights", "project", "entity", "path", "output", "run", "wandb", "experiment"}
-    for primary in ("config", "evaluate", "pretrain"):
-        cfg = config.compose(primary, ["logger=wandb"] if primary == "config" else [])
+    free = {"weights", "project", "entity", "path", "output", "run", "wandb", "experiment", "resume"}
+    free |= {"sweep", "measure", "page", "file", "lora"}
+    given = {"config": ["logger=wandb", "model.lora=default"], "reproduce": ["file=x"]}
+    for primary in ("config", "evaluate", "pretrain", "figures", "reproduce"):
+        cfg = config.compose(primary, given.get(primary, []))
         for key in config.keys(cfg):
             name = key.rpartition(".")[2]
             if key.startswith("formats.") or name in free:
@@ -109,6 +111,28 @@ def test_mistakes_are_answered_with_what_is_allowed(line: str, words: list[str])
         assert word in str(caught.value)
 
 
+def test_a_nested_group_is_chosen_with_a_dot_as_with_a_slash() -> None:
+    for line in ("model.lora=paper", "model/lora=paper"):
+        lora = config.compose("config", [line, "model.lora.alpha=32", "seed=7"]).model.lora
+        assert (lora.r, lora.alpha, lora.targets, lora.seed) == (128, 32, "released", 7)
+    assert config.compose("config", []).model.lora is None
+    with pytest.raises(config.ConfigError, match="nearest: model/lora=paper"):
+        config.compose("config", ["model.lora=papre"])
+
+
+def test_what_must_be_given_is_said() -> None:
+    with pytest.raises(config.ConfigError, match="file must be given"):
+        config.compose("reproduce", [])
+
+
+def test_processes_share_the_prompts_evenly() -> None:
+    config.compose("config", ["trainer=ddp", "trainer.devices=4"])
+    with pytest.raises(config.ConfigError, match=r"prompts_per_rollout=16 can't be shared out .*devices=3"):
+        config.compose("config", ["trainer=ddp", "trainer.devices=3"])
+    with pytest.raises(config.ConfigError, match="needs trainer=ddp"):
+        config.compose("config", ["trainer.devices=2"])
+
+
 def test_sweeps_are_checked_value_by_value() -> None:
     config.preflight("config", ["--multirun", "estimator=elbo,eubo", "beta=1,1.5", "seed=range(3)"])
     with pytest.raises(config.ConfigError, match="nearest: estimator=eubo"):
@@ -119,9 +143,9 @@ def test_sweeps_are_checked_value_by_value() -> None:
 
 def test_the_answer_comes_fast_and_without_torch() -> None:
     code = (
-        "import sys; from spg import config\n"
+        "import sys; from spg import launch\n"
         "sys.argv = ['train', 'estimator=mixtrue']\n"
-        "try:\n    config.run('config', print)\n"
+        "try:\n    launch.run('config', print)\n"
         "finally:\n    assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)\n"
     )
     started = time.perf_counter()

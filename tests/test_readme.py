@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from spg import config
-from tests.helpers import ROOT
+from spg.errors import Interrupted
+from tests import faults
+from tests.helpers import ROOT, train_here
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
@@ -29,12 +31,34 @@ def test_there_are_commands() -> None:
     assert MAKES == ["make demo", "make test"]
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a run that was interrupted in the middle."""
+    folder = tmp_path_factory.mktemp("runs") / "stopped"
+    with pytest.MonkeyPatch.context() as patch:
+        faults.interrupted("4", patch.setattr)
+        with pytest.raises(Interrupted):
+            train_here(folder)
+    return folder
+
+
+def shortened(words: list[str], module: str, folder: Path) -> list[str]:
+    """Return overrides that make a command short and keep what it writes in `folder`."""
+    if "--help" in words or any(word.startswith("resume=") for word in words):
+        return []
+    if module == "figures":
+        return [f"output={folder}"]
+    where = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
+    if "-cn" in words:  # one job of each kind instead of the whole sweep
+        where += ["beta=1", "seed=1"]
+    return [*SHORT[module].split(), *where]
+
+
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: Path) -> None:
     monkeypatch.setenv("SPG_CACHE", str(tmp_path / "cache"))
-    _, _, module, *words = shlex.split(line)
-    if "--help" not in words:
-        words += [*SHORT[module.removeprefix("spg.")].split(), f"hydra.run.dir={tmp_path / 'run'}"]
+    _, _, module, *words = shlex.split(line.replace("<run dir>", str(stopped)))
+    words += shortened(words, module.removeprefix("spg."), tmp_path / "run")
     done = subprocess.run(
         [sys.executable, "-m", module, *words], capture_output=True, text=True, cwd=ROOT, check=False
     )
@@ -63,7 +87,7 @@ def test_every_group_and_option_is_in_the_map() -> None:
 
 
 def test_files_that_the_readme_names_exist() -> None:
-    for name in re.findall(r"`((?:spg|conf|tests|docs)/[\w/.]+\.\w+)`", README) + re.findall(
-        r"\]\((docs/.*?)\)", README
-    ):
+    for name in re.findall(
+        r"`((?:spg|conf|tests|docs|sweeps|results|benchmarks)/[\w/.]+\.\w+)`", README
+    ) + re.findall(r"\]\((docs/.*?)\)", README):
         assert (ROOT / name).is_file(), name

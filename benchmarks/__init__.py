@@ -1,0 +1,1 @@
+"""Timings, each one command that shows two things side by side."""
