@@ -21,9 +21,51 @@ from spg.collect import Evaluation
 from spg.console import console
 from spg.errors import Interrupted, RunError
 from spg.module import Training
-from spg.weights import load_checkpoint
+from spg.weights import load_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
+
+
+class Interruption(pl.Callback):
+    """Notes Ctrl-C and SIGTERM: the run ends after the current rollout, with its state saved by Checkpoints.
+
+    A second signal ends it at once; the checkpoint before then stands. Comes first among the callbacks.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals over for the time of a `with` block, where this thread may."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Take the signals over again."""
+        for number in self._before:  # Lightning has put its own there since
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise Interrupted("stopped at once")
+        self.asked = True
+        log.info("Stopping when this rollout's updates are done; press Ctrl-C again to stop at once")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop, if any process was asked to."""
+        assert isinstance(module, Training)
+        self.asked = bool(module.gathered(torch.tensor([self.asked], device=module.device).long()).any())
+        if self.asked:
+            trainer.should_stop = True
 
 
 class _Every(pl.Callback):
@@ -56,22 +98,26 @@ class _Every(pl.Callback):
 class Validation(_Every):
     """Evaluates the validation half before the first update, every so many updates and at the end.
 
-    `history` holds (update, accuracy); `best` the highest after training began.
+    `history` holds (update, accuracy); `best` the highest after training began. since: the update from
+    which on checkpoints of what was validated exist.
     """
 
     def __init__(self, every: int) -> None:
         super().__init__(every)
         self.history: list[tuple[int, float]] = []
+        self.since = 1
 
     @property
-    def best(self) -> tuple[int, float]:
-        """Update and accuracy of the best validation after the first update, the earliest if several."""
-        return max(self.history[1:], key=lambda entry: entry[1])
+    def best(self) -> tuple[int, float] | None:
+        """Update and accuracy of the best validation, the earliest if several; None before the first."""
+        entries = [entry for entry in self.history if entry[0] >= self.since]
+        return max(entries, key=lambda entry: entry[1], default=None)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Evaluate the base model, unless the run goes on."""
         super().on_train_start(trainer, module)
         assert isinstance(module, Training)
+        self.since = int(module.gathered(torch.tensor([self.since], device=module.device))[0])
         if not self.history:
             self.act(trainer, module)
 
@@ -91,11 +137,12 @@ class Validation(_Every):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history."""
-        return {"history": list(self.history)}
+        return {"history": list(self.history), "since": self.since}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the history back."""
         self.history = [(update, accuracy) for update, accuracy in state_dict["history"]]
+        self.since = max(self.since, state_dict["since"])
 
 
 MOMENTS = ("before", "after", "last")
@@ -104,8 +151,9 @@ MOMENTS = ("before", "after", "last")
 class BeforeAndAfter(pl.Callback):
     """Evaluates the test half before the first update, after the last, and at the best checkpoint."""
 
-    def __init__(self, best: Path) -> None:
+    def __init__(self, best: Path, validation: Validation) -> None:
         self.best = best
+        self.validation = validation
         self.results: dict[str, Evaluation] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -121,6 +169,11 @@ class BeforeAndAfter(pl.Callback):
             return
         self.results["last"] = module.evaluate("test")
         last = {name: tensor.detach().clone() for name, tensor in module.trained().items()}
+        update, chosen = read_checkpoint(self.best)["spg"]["updates"], self.validation.best
+        if chosen is None or chosen[0] != update:
+            raise RunError(
+                f"{self.best} is of update {update}, but validation chose {chosen}; resume an older one"
+            )
         load_checkpoint(module.policy.network, self.best)
         self.results["after"] = module.evaluate("test")
         module.load_state_dict(last, strict=False)
@@ -155,14 +208,23 @@ class Checkpoints(_Every):
     """Writes checkpoints/last.ckpt every so many updates, and best.ckpt when validation improves.
 
     keep_every: updates between checkpoints that are kept besides, as update-<number>.ckpt; None for
-    none. Files are written under a temporary name and renamed, metrics being on disk before. Comes
-    after Validation among the callbacks. Raises RunError where the disk does not take a file.
+    none. Where the run is interrupted, the last is saved at once. Files are written under a temporary name
+    and renamed, metrics being on disk before. Comes after Validation among the callbacks. Raises RunError
+    where the disk does not take a file.
     """
 
-    def __init__(self, every: int, folder: Path, validation: Validation, keep_every: int | None) -> None:
+    def __init__(
+        self,
+        every: int,
+        folder: Path,
+        validation: Validation,
+        interruption: Interruption,
+        keep_every: int | None = None,
+    ) -> None:
         super().__init__(every)
         self.folder = folder
         self.validation = validation
+        self.interruption = interruption
         self.keep_every = keep_every
         self._best_update = 0
         self._saved: int | None = None
@@ -172,12 +234,15 @@ class Checkpoints(_Every):
     ) -> None:
         """Save the best if there is a new one, and the last if it is time."""
         assert isinstance(module, Training)
-        if len(self.validation.history) > 1 and self.validation.best[0] > self._best_update:
-            self._best_update = self.validation.best[0]
+        best = self.validation.best
+        if best is not None and best[0] == module.updates and best[0] > self._best_update:
+            self._best_update = best[0]
             self._save(trainer, "best.ckpt")
         if self.keep_every and module.updates // self.keep_every > self._seen // self.keep_every:
             self._save(trainer, f"update-{module.updates:06d}.ckpt")
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        if self.interruption.asked:
+            self.act(trainer, module)
 
     def act(self, trainer: pl.Trainer, module: Training) -> None:
         """Save the last checkpoint, unless it is there already."""
@@ -210,50 +275,6 @@ class Checkpoints(_Every):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the update of the best checkpoint back."""
         self._best_update = state_dict["best_update"]
-
-
-class Interruption(pl.Callback):
-    """Ends the run after the current rollout, with its state saved, on Ctrl-C or SIGTERM.
-
-    A second signal ends it at once; the checkpoint before then stands. Comes after Checkpoints.
-    """
-
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self.checkpoints = checkpoints
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the signals over for the time of a `with` block, where this thread may."""
-        if threading.current_thread() is threading.main_thread():
-            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Take the signals over again."""
-        for number in self._before:  # Lightning has put its own there since
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise Interrupted("stopped at once")
-        self.asked = True
-        log.info("Stopping when this rollout's updates are done; press Ctrl-C again to stop at once")
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save and stop, if any process was asked to."""
-        assert isinstance(module, Training)
-        self.asked = bool(module.gathered(torch.tensor([self.asked], device=module.device).long()).any())
-        if self.asked:
-            self.checkpoints.act(trainer, module)
-            trainer.should_stop = True
 
 
 class Samples(_Every):
@@ -320,7 +341,7 @@ class ProgressBar(pl.Callback):
             f"{latest['throughput/tokens_per_s']:,.0f} tokens/s"
         )
         self.progress.update(self.bar, completed=module.updates, figures=figures)
-        if batch_idx == 0:
+        if module.rollouts == 1:
             log.info("first rollout: %s", figures)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

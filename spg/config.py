@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,13 +43,13 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command line asks for: one job, or a multirun over `swept` keys into `folder`."""
+    """What a command line asks for: one job, or a multirun of `jobs` over `swept` keys."""
 
     arguments: tuple[str, ...]
     multirun: bool = False
     name: str = ""
     swept: tuple[str, ...] = ()
-    folder: Path | None = None
+    jobs: int = 1
 
 
 def preflight(primary: str, argv: list[str]) -> Plan | None:
@@ -72,20 +73,18 @@ def preflight(primary: str, argv: list[str]) -> Plan | None:
         params = dict(sweeper.sweeper.params or {})
         multirun = args.multirun or str(sweeper.mode) == "RunMode.MULTIRUN"
         given = {_written(override) for override in overrides}
+        # as Hydra does: what the command line gives takes the place of what a sweep's file says
         every = [*_parse([f"{k}={v}" for k, v in params.items() if k not in given]), *overrides]
         _check_names(name, every)
         for lines in _one_at_a_time(every, multirun):
             check(_compose(name, lines))
     swept = tuple(dict.fromkeys(_written(o) for o in every if o.is_sweep_override() and not _is_hydra(o)))
-    if given & params.keys():  # they take the place of what a sweep's file says, instead of adding to it
-        kept = [f"{key}={value}" for key, value in params.items() if key not in given]
-        first = argv.index(args.overrides[0])
-        argv = [*argv[:first], "hydra.sweeper.params=null", *kept, *argv[first:]]
     asked = sorted(o.input_line or "" for o in overrides if not _is_hydra(o))
     digest = hashlib.sha256(" ".join(asked).encode()).hexdigest()[:8]
     title = name if args.config_name else "_".join(swept) or "single"
     title = title if args.config_name and not asked else f"{title}-{digest}"
-    return Plan(tuple(argv), multirun, re.sub(r"[^\w.-]", ".", title), swept)
+    jobs = math.prod(len(list(o.sweep_iterator())) for o in every if o.is_sweep_override())
+    return Plan(tuple(argv), multirun, re.sub(r"[^\w.-]", ".", title), swept, jobs)
 
 
 def sweep_folder(primary: str, plan: Plan) -> Path:
@@ -190,7 +189,7 @@ def _one_at_a_time(overrides: list[Override], multirun: bool) -> Iterator[list[s
             yield [*first[:i], other, *first[i + 1 :]]
 
 
-def _nearest(given: str, allowed: list[str]) -> str | None:
+def nearest(given: str, allowed: list[str]) -> str | None:
     """Return the allowed names that a mistyped one most likely meant, or None."""
     close = difflib.get_close_matches(given, allowed, n=1, cutoff=0.6)
     if close:
@@ -211,7 +210,7 @@ def _check_group(override: Override) -> None:
     for value in chosen:
         if value is not None and str(value) not in options:
             key = _written(override)
-            guess = _nearest(str(value), options)
+            guess = nearest(str(value), options)
             raise ConfigError(
                 f"{key}={value}: {group} has no option {value!r}; allowed: {', '.join(options)}"
                 + (f"; nearest: {key}={guess}" if guess else "")
@@ -235,7 +234,7 @@ def _check_key(override: Override, known: DictConfig) -> None:
     if is_known(known, key) or GlobalHydra.instance().config_loader().get_group_options(key):
         return
     allowed = [*keys(known), *groups()]
-    guess = _nearest(key, allowed)
+    guess = nearest(key, allowed)
     siblings = [name for name in allowed if name.rpartition(".")[0] == key.rpartition(".")[0]]
     raise ConfigError(
         f"{override.input_line}: there is no key {key!r}; allowed here: {', '.join(siblings or groups())}"

@@ -62,10 +62,11 @@ def _again(module: Training, part: dict[str, Any], table: Table) -> bool:
         with torch.no_grad():
             pieces = module.pieces_of(experience, samples)
             logps = module.all_logps(experience, samples, pieces).masked_fill(~samples.scored, 0.0)
-            value, _ = module.objective(logps, samples, experience, None, logps)
+            reference = module.reference_logps(experience, samples, pieces)
+            value, _ = module.objective(logps, samples, experience, None, reference)
         loss = float(value)
         log.info("loss %s", loss)
-    bad = set(module.culprits(experience, samples))
+    bad = set() if samples is None else set(module.culprits(experience, samples))
     for row, text in enumerate(rollout.texts):
         again = sum(module.task.reward(rollout.examples[row], text).values())
         if samples is None and not math.isfinite(again):

@@ -8,9 +8,12 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -20,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from spg.config import CONF_DIR, ConfigError, Plan, group_choices, preflight, sweep_folder
 from spg.console import take_over_logging
 from spg.errors import Interrupted, RunError
-from spg.status import write_json
+from spg.status import LEFT_ALONE, STOPPING, write_json
 from spg.sweeps import read_jobs, show_jobs, write_runs
 
 log = logging.getLogger(__name__)
@@ -43,8 +46,12 @@ def run(
     try:
         argv = group_choices(sys.argv[1:])
         paths = [line.removeprefix("resume=") for line in argv if line.startswith("resume=")]
-        if resume is not None and paths:
-            resume(paths[-1], [line for line in argv if not line.startswith("resume=")])
+        if resume is not None and paths and not {"--help", "-h"} & set(argv):
+            others = [line for line in argv if not line.startswith("resume=")]
+            flags = [line for line in others if line.startswith("-")]
+            if flags:
+                raise ConfigError(f"{flags[0]} can't be given together with resume=...; leave it out")
+            resume(paths[-1], others)
             return
         plan = preflight(primary, argv)
         if plan is None:
@@ -59,7 +66,7 @@ def run(
                 failures.append(error)
 
         app = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=primary)(told)
-        if plan.multirun:
+        if plan.multirun and resume is not None:  # else its jobs are no runs
             _sweep(primary, plan, argv, app)
         else:
             app()
@@ -89,30 +96,67 @@ def _sweep(primary: str, plan: Plan, argv: list[str], app: Callable[[], Any]) ->
     folder = sweep_folder(primary, plan)
     folder.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "spg.train", *argv])
-    about = folder / "sweep.json"
+    about, alone = folder / "sweep.json", folder / LEFT_ALONE
+    record = {"name": plan.name, "command": command, "swept": list(plan.swept)}
     if about.is_file():
         before = json.loads(about.read_text(encoding="utf-8"))
         if before["swept"] != list(plan.swept):
             raise ConfigError(
                 f"{folder} holds another multirun ({before['command']}); give another hydra.sweep.dir"
             )
-    write_json(about, {"name": plan.name, "command": command, "swept": list(plan.swept)})
+    else:
+        write_json(about, record)
+    alone.unlink(missing_ok=True)
+    stopping = folder / STOPPING
+    stopping.unlink(missing_ok=True)
     try:
-        app()
-    except (Interrupted, KeyboardInterrupt) as stop:
-        raise Interrupted(
-            f"{stop or 'stopped'}; the multirun goes on with the same command: {command}"
-        ) from stop
+        with _stopping_by(stopping):
+            app()
+    except KeyboardInterrupt:
+        stopping.touch()
+    except Exception as error:  # noqa: BLE001  # a launcher's: what the jobs did is told all the same
+        log.error("The launcher ended early: %r", error)
     take_over_logging()
+    if not alone.exists():  # else the directory may hold another command's jobs
+        write_json(about, record)
     write_runs(folder)
     show_jobs(folder)
     log.info("Multirun: %s", folder)
-    left = [job for job in read_jobs(folder) if job.state != "finished"]
-    if left:
+    if alone.exists():
+        number = len(alone.read_text(encoding="utf-8").splitlines())
         raise RunError(
-            f"{len(left)} of the multirun's jobs did not finish; the same command again does these only: "
-            f"{command}"
+            f"{number} of the multirun's jobs were left alone: their directories are in use, or hold other "
+            f"runs; {alone} says which"
         )
+    finished = sum(job.state == "finished" for job in read_jobs(folder))
+    if stopping.exists():
+        stopping.unlink()
+        raise Interrupted(f"stopped; the multirun goes on with the same command: {command}")
+    if finished < plan.jobs:
+        raise RunError(
+            f"{plan.jobs - finished} of the multirun's {plan.jobs} jobs did not finish; the same command "
+            f"again does these only: {command}"
+        )
+
+
+@contextmanager
+def _stopping_by(marker: Path) -> Iterator[None]:
+    """Answer Ctrl-C outside a job's training with `marker`: the jobs at work save, no other starts.
+
+    A second one ends the multirun at once.
+    """
+
+    def note(number: int, frame: Any) -> None:
+        if marker.exists():
+            raise KeyboardInterrupt
+        marker.touch()
+        log.info("Stopping when the jobs at work have saved; press Ctrl-C again to stop at once")
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def swept() -> list[str]:
@@ -133,7 +177,7 @@ def job_name(overrides: list[str]) -> str:
 
     It is made of the swept keys and values: `estimator-elbo_seed-1`.
     """
-    given = dict(line.partition("=")[::2] for line in overrides)
+    given = dict(line.lstrip("+").partition("=")[::2] for line in overrides)
     parts = []
     for key in swept():
         value = given.get(key, "")

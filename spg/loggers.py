@@ -35,15 +35,20 @@ class MetricsCSV(Logger):
 
         Raises RunError where the file does not reach that far.
         """
+        kept = self.up_to(update)
+        self._columns = [name for name in kept[0] if name == "update" or any(row[name] for row in kept)]
+        self._write([{name: row[name] for name in self._columns} for row in kept])
+
+    def up_to(self, update: int) -> list[dict[str, str]]:
+        """Return the rows up to that of `update`; raises RunError where there is none."""
         rows = read_metrics(self.path) if self.path.is_file() else []
-        kept = [row for row in rows if row["update"].isdigit() and int(row["update"]) <= update]
-        if not kept or kept[-1]["update"] != str(update):
+        last = next((i for i, row in enumerate(rows) if row["update"] == str(update)), None)
+        if last is None:
             raise RunError(
                 f"{self.path} has no row of update {update}, where the checkpoint stands; it was cut or "
                 "belongs to another run: put it back, or start a new run"
             )
-        self._columns = [name for name in rows[0] if name == "update" or any(row[name] for row in kept)]
-        self._write([{name: row[name] for name in self._columns} for row in kept])
+        return rows[: last + 1]
 
     @property
     def name(self) -> str:
@@ -120,10 +125,11 @@ def wandb_logger(
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
+    wandb.setup()  # so that it is silent from here on
     wandb.finish()  # the run before in this process, in a multirun: W&B would go on with that one
     offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
     if offline:
-        log.info("W&B: no account found, logging offline; `wandb sync` later: %s/wandb/offline-*", folder)
+        log.info("W&B: no account found, logging offline; to send it: wandb sync %s/wandb/offline-*", folder)
     mode = {"mode": "offline"} if offline else {}
     known = Path(folder, "wandb_id")
     if not known.is_file():
@@ -136,7 +142,7 @@ def wandb_logger(
         entity=entity,
         id=known.read_text(encoding="utf-8").strip(),
         group=group,
-        resume="allow",
+        resume="allow",  # offline it is noted for `wandb sync`, which then appends what was resumed
         **mode,
     )
     logger.experiment.config.update(config, allow_val_change=True)

@@ -231,10 +231,7 @@ class Training(pl.LightningModule):
         """
         pieces = self.pieces_of(experience, samples)
         cohort = self._cohort(experience, samples)
-        reference = None
-        if "reference" in self.objective.needs:
-            with self.policy.as_reference(), torch.no_grad():
-                reference = self.all_logps(experience, samples, pieces)
+        reference = self.reference_logps(experience, samples, pieces)
         if len(pieces) <= 1:
             token_logps = torch.zeros(samples.scored.shape, device=samples.scored.device)
             for piece in pieces:
@@ -259,6 +256,15 @@ class Training(pl.LightningModule):
         self._backward(again(), len(pieces))
         _set_random_state(after, frozen.device)
         return loss.detach(), figures
+
+    def reference_logps(
+        self, experience: Experience, samples: MaskedSamples, pieces: Sequence[tuple[Tensor, Tensor]]
+    ) -> Tensor | None:
+        """Return the reference model's log-probabilities [B M T], None where the objective needs none."""
+        if "reference" not in self.objective.needs:
+            return None
+        with self.policy.as_reference(), torch.no_grad():
+            return self.all_logps(experience, samples, pieces)
 
     def _backward(self, losses: Iterable[Tensor], count: int | None = None) -> None:
         """Run the backward passes of this process; the last one sums gradients over the processes."""
@@ -365,7 +371,9 @@ class Training(pl.LightningModule):
         }
         listed = "\n".join(f"  {p}, completion {t!r}, reward {r}" for p, t, r in named[:5])
         more = f"\n  and {len(named) - 5} more" if len(named) > 5 else ""
-        found = f"sequences:\n{listed}{more}" if named else "no single sequence: the weights are not finite"
+        sick = [name for name, p in self.policy.named_parameters() if not bool(p.isfinite().all())]
+        alone = f"the weights are not finite, first {sick[0]}" if sick else "no sequence shows it alone"
+        found = f"sequences:\n{listed}{more}" if named else alone
         return NonFiniteError(
             f"the {what} of update {self.updates + 1} is not a finite number; {found}", record
         )
@@ -385,13 +393,15 @@ class Training(pl.LightningModule):
         for row in range(len(bad)):
             index = torch.tensor([row], device=bad.device)
             one, masked = experience.select(index), samples.select(index)
+            pieces = self.pieces_of(one, masked)
+            reference = self.reference_logps(one, masked, pieces)
             logps = torch.zeros(masked.scored.shape, device=bad.device)
-            for piece in self.pieces_of(one, masked):
+            for piece in pieces:
                 logps = logps.index_put(piece, self._token_logps(one, masked, piece))
             if logps.requires_grad:
-                loss, _ = self.objective(logps, masked, one, None, logps.detach())
+                loss, _ = self.objective(logps, masked, one, None, reference)
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-                if not all(bool(g.isfinite().all()) for g in gradients if g is not None):
+                if not all(bool(g.isfinite().all()) for g in (loss, *gradients) if g is not None):
                     found.append(row)
         return found
 
@@ -481,6 +491,11 @@ class Training(pl.LightningModule):
             raise RunError(
                 f"the checkpoint does not fit the model: {name} is {found.get(name, 'missing')} in it and "
                 f"{expected.get(name, 'not trained')} here"
+            )
+        if own["updates"] > self.max_updates:
+            raise RunError(
+                f"the checkpoint has done {own['updates']} updates already, but trainer.max_updates="
+                f"{self.max_updates}; give a higher number, or an earlier checkpoint"
             )
         self.rollouts, self.updates = own["rollouts"], own["updates"]
         self.latest, self.seconds = dict(own["latest"]), dict(own["seconds"])

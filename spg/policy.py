@@ -98,7 +98,7 @@ class Policy(nn.Module):
                 with self._adapter[0].disable_adapter():
                     yield
             else:
-                self.network = self._reference[0].to(self.device).eval()
+                self.network = self._reference[0].to(next(own.parameters())).eval()
                 yield
         finally:
             self.network = own

@@ -14,8 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -34,20 +33,22 @@ def rank() -> int:
 class Ranks:
     """The other `count - 1` processes of a run, for the time of a `with` block.
 
-    target: what they resume, the run's directory or a checkpoint in it. When one of them dies, `lost` is
-    called with a line that says so, after GRACE seconds in which this process may have noticed and left
-    the block by itself. Outside the first process, and for a count of 1, nothing happens. Raises RunError
-    where another launcher has started this process as one of several.
+    arguments: of `python -m spg.train` for them. When one of them dies, `lost` is called with a line that
+    says so, after GRACE seconds in which this process may have noticed and left the block by itself.
+    Outside the first process, and for a count of 1, nothing happens. Raises RunError where another
+    launcher has started this process as one of several.
     """
 
-    def __init__(self, target: Path, count: int, lost: Callable[[str], None]) -> None:
-        self.target = target
+    def __init__(self, arguments: Sequence[str], count: int, lost: Callable[[str], None]) -> None:
+        self.arguments = arguments
         self.count = count
         self.lost = lost
         self.others: list[subprocess.Popen[bytes]] = []
         self._over = threading.Event()
 
     def __enter__(self) -> Self:
+        # Lightning sets these too, for a single process as well: the next run of a multirun starts clean
+        self._environment = {name: os.environ.get(name) for name in _NAMES}
         if self.count == 1 or rank() > 0:
             return self
         if "LOCAL_RANK" in os.environ:
@@ -60,10 +61,10 @@ class Ranks:
             port = probe.getsockname()[1]
         values = ("127.0.0.1", str(port), "0", "0", str(self.count))
         os.environ.update(zip(_NAMES, values, strict=True))
-        command = [sys.executable, "-m", "spg.train", f"resume={self.target}"]
+        command = [sys.executable, "-m", "spg.train", *self.arguments]
         for number in range(1, self.count):
-            environment = {**os.environ, "LOCAL_RANK": str(number), "SPG_RANK": str(number)}
-            self.others.append(subprocess.Popen(command, env=environment, start_new_session=True))
+            own = {"LOCAL_RANK": str(number), "SPG_RANK": str(number), "SPG_PARENT": str(os.getpid())}
+            self.others.append(subprocess.Popen(command, env={**os.environ, **own}, start_new_session=True))
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -71,20 +72,35 @@ class Ranks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        if not self.others:
-            return
-        deadline = time.monotonic() + GRACE
+        died = self._end_others(error)
+        if rank() == 0:
+            for name, value in self._environment.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+        # what torch.distributed raises where another process is gone
+        if died is not None and isinstance(error, RuntimeError):
+            raise RunError(f"{died}; the others were ended") from error
+
+    def _end_others(self, error: BaseException | None) -> str | None:
+        """Wait for the others, or end them after a failure; return a line about one that died before."""
+        died = None
+        if isinstance(error, Exception):
+            deadline = time.monotonic() + 2.0
+            while self.others and died is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+                died = self.dead()
+        # after an error of this process's own they wait for it in vain
+        patience = 2.0 if isinstance(error, Exception) and not isinstance(error, RunError) else GRACE
+        deadline = time.monotonic() + patience
         for other in self.others:
             try:
                 other.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 other.kill()
                 other.wait()
-        died = self.dead()
-        for name in _NAMES:
-            os.environ.pop(name, None)
-        if isinstance(error, Exception) and not isinstance(error, RunError) and died is not None:
-            raise RunError(f"{died}; the others were ended") from error
+        return died
 
     def dead(self) -> str | None:
         """Return a line about a process that ended by a signal or an error, None if there is none."""
@@ -107,7 +123,7 @@ class Ranks:
 
 def end_with_parent() -> None:
     """End this process when the one that started it is gone, which a blocked collective would not notice."""
-    parent = os.getppid()
+    parent = int(os.environ["SPG_PARENT"])
 
     def watch() -> None:
         while os.getppid() == parent:

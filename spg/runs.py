@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from spg import config
 from spg.config import CONF_DIR, ConfigError
 from spg.errors import Interrupted, RunError
 from spg.ranks import rank
-from spg.status import at_work, read_status, write_status
+from spg.status import LEFT_ALONE, STOPPING, InUseError, at_work, read_status, write_status
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,10 @@ CHANGEABLE = (
     "trainer.micro_batch_size",
     "trainer.eval_batch_size",
 )
+
+
+class OtherRunError(ConfigError):
+    """A directory holds another run than the one that is to go on in it."""
 
 
 def identity(cfg: DictConfig) -> dict[str, str]:
@@ -59,7 +63,7 @@ def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         )
     with at_work(folder):
         _new(cfg, folder, overrides)
-        _work(cfg, folder, None)
+        _work(cfg, folder)
 
 
 def resume(path: str, overrides: list[str]) -> None:
@@ -80,7 +84,7 @@ def resume(path: str, overrides: list[str]) -> None:
     config.check(changed)
     checkpoint = target if target.suffix == ".ckpt" else None
     if rank() > 0:
-        _train(changed, folder, checkpoint, None, started)
+        _train(changed, folder, started, checkpoint)
         return
     with at_work(folder):
         if read_status(folder).get("state") == "finished" and checkpoint is None and changed == cfg:
@@ -88,29 +92,45 @@ def resume(path: str, overrides: list[str]) -> None:
                 f"resume={path}: this run is finished; train on with a higher trainer.max_updates than "
                 f"{cfg.trainer.max_updates}"
             )
-        if changed != cfg:
-            _write_config(changed, folder)
         _log_to(folder)
-        _work(changed, folder, checkpoint)
+        swept = (folder.parent / "sweep.json").is_file()
+        _work(changed, folder, checkpoint, overrides, folder.parent.name if swept else None)
 
 
 def sweep_job(cfg: DictConfig, folder: Path, overrides: list[str], values: Mapping[str, Any]) -> None:
     """Do one job of a multirun: start it, go on with it, or leave it where it is finished.
 
-    A failure is written to the job's status.json and error.txt, and the multirun goes on. values: what
-    the multirun's keys are in this job.
+    A failure is written to the job's status.json and error.txt, and the multirun goes on. A directory that
+    is in use, or holds another run, is not touched. When the user stops one job, no other starts: joblib
+    would kill those at work if this one raised. values: what the multirun's keys are in this job.
     """
+    stopping = folder.parent / STOPPING
+    if stopping.exists():
+        return
     try:
         with at_work(folder):
+            config.check(cfg)
             fresh = not (folder / "config.yaml").exists()
             if fresh:
                 _new(cfg, folder, overrides)
-            _same(identity(read_config(folder)), identity(cfg), folder)
-            if read_status(folder).get("state") == "finished":
+            before = read_config(folder)
+            _same(identity(before), identity(cfg), folder)
+            finished = read_status(folder).get("state") == "finished"
+            if finished and cfg.trainer.max_updates <= before.trainer.max_updates:
                 log.info("Finished already: %s", folder)
                 return
+            if not fresh:
+                write_config(cfg, folder)
             write_status(folder, overrides=dict(values))
-            _work(cfg, folder, None, group=folder.parent.name)
+            if _work(cfg, folder, group=folder.parent.name):
+                stopping.touch()
+    except (Interrupted, KeyboardInterrupt) as stop:
+        log.info("%s: %s", folder.name, stop or "stopped")
+        stopping.touch()
+    except (InUseError, OtherRunError) as error:
+        log.error("%s left alone: %s", folder.name, error)
+        with (folder.parent / LEFT_ALONE).open("a", encoding="utf-8") as file:
+            file.write(f"{folder.name}: {error}\n")
     except (RunError, ConfigError) as error:
         log.error("%s failed: %s", folder.name, error)
         _note_failure(folder, values, str(error))
@@ -134,13 +154,15 @@ def read_config(folder: Path) -> DictConfig:
 
 
 def _new(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
-    write_status(folder, unused_knobs=config.unread_knobs(cfg))  # told by what is not resolved yet
-    _write_config(cfg, folder)
+    # unread knobs are told by interpolations, which what is written has no more
+    write_status(folder, state="running", unused_knobs=config.unread_knobs(cfg))
+    write_config(cfg, folder)
     for line in config.notes(cfg, overrides):
         log.warning(line)
 
 
-def _write_config(cfg: DictConfig, folder: Path) -> None:
+def write_config(cfg: DictConfig, folder: Path) -> None:
+    """Write the run's configuration, resolved, to `<folder>/config.yaml`, whole or not at all."""
     staged = folder / "config.yaml.tmp"
     OmegaConf.save(cfg, staged, resolve=True)
     os.replace(staged, folder / "config.yaml")
@@ -151,6 +173,12 @@ def _changed(cfg: DictConfig, overrides: list[str], folder: Path) -> DictConfig:
     changed = cfg.copy()
     for line in overrides:
         key, _, value = line.partition("=")
+        if key not in (*config.keys(cfg), "logger"):
+            guess = config.nearest(key, [*CHANGEABLE, "logger"])
+            raise ConfigError(
+                f"{line}: beside resume=... only these are taken: {', '.join(CHANGEABLE)}, logger"
+                + (f"; nearest: {guess}" if guess else "")
+            )
         if key == "logger" and (CONF_DIR / "logger" / f"{value}.yaml").is_file():
             changed.logger = OmegaConf.load(CONF_DIR / "logger" / f"{value}.yaml")
             continue
@@ -169,7 +197,7 @@ def _changed(cfg: DictConfig, overrides: list[str], folder: Path) -> DictConfig:
 def _same(before: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
-            raise ConfigError(
+            raise OtherRunError(
                 f"{folder} holds a run with {key}={before.get(key, 'nothing')}, not "
                 f"{now.get(key, 'nothing')}; give another hydra.sweep.dir, or remove it"
             )
@@ -184,20 +212,31 @@ def _log_to(folder: Path) -> None:
     root.setLevel(logging.INFO)
 
 
-def _work(cfg: DictConfig, folder: Path, checkpoint: Path | None, group: str | None = None) -> None:
-    """Train, with the directory's status told before and after."""
+def _work(
+    cfg: DictConfig,
+    folder: Path,
+    checkpoint: Path | None = None,
+    changes: Sequence[str] = (),
+    group: str | None = None,
+) -> bool:
+    """Train, and tell in the directory's status how it ended; return whether the user asked to stop.
+
+    A finished run that did not get as far as training on stays finished.
+    """
     started = time.perf_counter()
-    write_status(folder, state="running", error=None, max_updates=cfg.trainer.max_updates)
     try:
-        _train(cfg, folder, checkpoint, group, started)
+        asked = _train(cfg, folder, started, checkpoint, changes, group)
     except BaseException as error:
-        state = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
-        write_status(folder, state=state, error=(str(error) or type(error).__name__).splitlines()[0])
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
+        if read_status(folder).get("state") != "finished":
+            text = (str(error) or type(error).__name__).splitlines()[0]
+            write_status(folder, state="interrupted" if stopped else "failed", error=text)
         raise
     write_status(folder, state="finished", updates=cfg.trainer.max_updates)
+    return asked
 
 
-def _train(cfg: DictConfig, folder: Path, checkpoint: Path | None, group: str | None, started: float) -> None:
+def _train(cfg: DictConfig, folder: Path, *rest: Any) -> bool:
     from spg.training import train
 
-    train(cfg, folder, started, checkpoint, group)
+    return train(cfg, folder, *rest)

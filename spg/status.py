@@ -13,6 +13,14 @@ from typing import Any
 from spg.errors import RunError
 
 STATES = ("running", "finished", "failed", "interrupted")
+# in a multirun's directory: which jobs the last command did not touch, and why
+LEFT_ALONE = "left-alone.txt"
+# in a multirun's directory while it is being stopped: no job starts any more
+STOPPING = "stopping"
+
+
+class InUseError(RunError):
+    """Another process is at work on the run."""
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -35,7 +43,7 @@ def write_status(folder: Path, **changes: Any) -> None:
 
 @contextmanager
 def at_work(folder: Path) -> Iterator[None]:
-    """Hold the run's directory; raises RunError where another process holds it.
+    """Hold the run's directory; raises InUseError where another process holds it.
 
     The lock ends with the process, however it ends.
     """
@@ -44,5 +52,5 @@ def at_work(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RunError(f"{folder} is in use: another process is at work on this run") from error
+            raise InUseError(f"{folder} is in use: another process is at work on this run") from error
         yield

@@ -100,11 +100,11 @@ def _job(folder: Path) -> Job:
     path = folder / "summary.json"
     return Job(
         name=folder.name,
-        state=status["state"],
-        overrides=status["overrides"],
+        state=status.get("state", "running"),
+        overrides=status.get("overrides", {}),
         updates=status.get("updates"),
         error=status.get("error"),
-        summary=_json(path) if status["state"] == "finished" and path.is_file() else None,
+        summary=_json(path) if status.get("state") == "finished" and path.is_file() else None,
         folder=folder,
     )
 

@@ -16,13 +16,13 @@ from spg import config, launch, runs
 
 def job(cfg: DictConfig) -> None:
     """Train as configured and leave a run directory with weights, metrics, curve and summary."""
-    config.check(cfg)
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     overrides = list(hydra_cfg.overrides.task)
     if hydra_cfg.mode == RunMode.MULTIRUN:
         runs.sweep_job(cfg, folder, overrides, launch.swept_values(cfg))
     else:
+        config.check(cfg)
         runs.start(cfg, folder, overrides)
 
 

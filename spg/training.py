@@ -8,13 +8,14 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
@@ -38,7 +39,7 @@ from spg.module import NonFiniteError, Optimization, Training
 from spg.plots import curve
 from spg.pretraining import base_weights, build_policy
 from spg.ranks import Ranks, end_with_parent, rank
-from spg.runs import identity
+from spg.runs import identity, write_config
 from spg.status import read_status, write_json, write_status
 from spg.weights import read_checkpoint, save_weights
 
@@ -86,13 +87,16 @@ def train(
     folder: Path,
     started: float,
     checkpoint: Path | None = None,
+    changes: Sequence[str] = (),
     group: str | None = None,
-) -> None:
+) -> bool:
     """Run the training that `cfg` describes, or go on with it; all that it leaves lies in `folder`.
 
     started: value of time.perf_counter() when the command began. checkpoint: where to go on from; by
-    default from checkpoints/last.ckpt, where there is one. group: the multirun that the run belongs to.
-    Raises RunError where the run can't go on, Interrupted where it was asked to stop.
+    default the last one that the folder holds, if any. changes: overrides, already in `cfg`, that the
+    run goes on with from now on. group: the multirun that the run belongs to. Returns whether the user
+    asked to stop when nothing was left to stop. Raises RunError where the run can't go on, Interrupted
+    where it was asked to stop.
     """
     take_over_logging()
     if rank() > 0:
@@ -100,9 +104,7 @@ def train(
         end_with_parent()
     keep_freed_memory()
     torch.set_num_threads(cfg.trainer.threads)
-    saved = folder / "checkpoints"
-    last = saved / "last.ckpt"
-    begin = checkpoint or (last if last.exists() else None)
+    begin = checkpoint or latest(folder / "checkpoints")
     log.info("Run: %s", folder)
 
     def lost(line: str) -> None:
@@ -113,16 +115,29 @@ def train(
     try:
         if rank() == 0 and cfg.model.weights == "base":
             base_weights(cfg)  # made now, if need be, and not by each process
-        with Ranks(checkpoint or folder, cfg.trainer.devices, lost):
-            _fit(cfg, folder, started, begin, group)
-    except (RunError, Interrupted) as error:
+        with Ranks([f"resume={begin or folder}", *changes], cfg.trainer.devices, lost):
+            return _fit(cfg, folder, started, begin, bool(changes), group)
+    except (NonFiniteError, Interrupted) as error:
         if rank() > 0:  # the first process tells
             raise SystemExit(1) from error
         raise told(error, cfg, folder) from error
+    except RunError as error:
+        raise told(error, cfg, folder) from error
     except Exception:
         if rank() > 0:
-            time.sleep(2.0)  # where the first process died, end_with_parent says so meanwhile
+            time.sleep(3.0)  # where the first process died, end_with_parent says so meanwhile
         raise
+    finally:
+        if dist.is_initialized():  # the next run of a multirun makes its own
+            dist.destroy_process_group()
+
+
+def latest(saved: Path) -> Path | None:
+    """Return the checkpoint that a run goes on from: last.ckpt, else the newest, None where there is none."""
+    last = saved / "last.ckpt"
+    if last.exists():
+        return last
+    return max(saved.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def told(error: RunError | Interrupted, cfg: DictConfig, folder: Path) -> RunError | Interrupted:
@@ -132,16 +147,24 @@ def told(error: RunError | Interrupted, cfg: DictConfig, folder: Path) -> RunErr
         return Interrupted(f"{error}; go on with: {again}")
     if isinstance(error, NonFiniteError):
         path = folder / f"nonfinite-update-{error.record['update']:06d}.pt"
-        torch.save({**error.record, "config": OmegaConf.to_container(cfg, resolve=True)}, path)
+        staged = path.with_name(f"{path.name}.tmp")
+        try:
+            with staged.open("wb") as file:
+                torch.save({**error.record, "config": OmegaConf.to_container(cfg, resolve=True)}, file)
+            os.replace(staged, path)
+        except (OSError, RuntimeError) as failure:  # torch.save wraps what the disk says
+            return RunError(f"{error}\nNothing was saved after it; {path} could not be written ({failure})")
         see = f"python -m spg.reproduce file={path}"
         return RunError(f"{error}\nNothing was saved after it. See it again with: {see}")
     return RunError(f"{error}\nGo on with: {again}")
 
 
-def _fit(cfg: DictConfig, folder: Path, started: float, begin: Path | None, group: str | None) -> None:
+def _fit(
+    cfg: DictConfig, folder: Path, started: float, begin: Path | None, changed: bool, group: str | None
+) -> bool:
     """Train from `begin` on, or from the start, and write the results."""
     first = rank() == 0
-    loggers: list[Any] = []
+    saved = folder / "checkpoints"
     state = None
     if begin is not None:
         try:
@@ -154,45 +177,108 @@ def _fit(cfg: DictConfig, folder: Path, started: float, begin: Path | None, grou
     unused = read_status(folder).get("unused_knobs", [])
     module = build_module(cfg)
     module.started = started
+    loggers: list[Any] = []
+    interruption = Interruption()
+    validation = Validation(cfg.trainer.validate_every)
+    checkpoints = Checkpoints(
+        cfg.trainer.checkpoint_every, saved, validation, interruption, cfg.trainer.keep_every
+    )
+    tested = BeforeAndAfter(saved / "best.ckpt", validation)
+    callbacks = [interruption, tested, validation, checkpoints]
     if first:
         metrics = MetricsCSV(folder)
         if state is not None and begin is not None:
             module.on_load_checkpoint(state)  # refused before anything is written
+            metrics.up_to(module.updates)
+            go_on_from(begin, state, saved, validation)
             metrics.cut(module.updates)
-            _make_last(begin, folder / "checkpoints" / "last.ckpt")
             log.info("Going on after update %d (%s)", module.updates, begin.name)
+        if changed:
+            write_config(cfg, folder)
+        write_status(folder, state="running", error=None, max_updates=cfg.trainer.max_updates)
         loggers.append(metrics)
         if cfg.logger.wandb is not None:
             settings = OmegaConf.to_container(cfg, resolve=True)
             loggers.append(wandb_logger(**cfg.logger.wandb, folder=folder, config=settings, group=group))
-    validation = Validation(cfg.trainer.validate_every)
-    tested = BeforeAndAfter(folder / "checkpoints" / "best.ckpt")
-    checkpoints = Checkpoints(
-        cfg.trainer.checkpoint_every, folder / "checkpoints", validation, cfg.trainer.keep_every
-    )
-    interruption = Interruption(checkpoints)
-    callbacks = [tested, validation, checkpoints, interruption]
-    if first:
-        callbacks = [ProgressBar(), *callbacks[:3], Samples(cfg.trainer.samples_every), interruption]
-    trainer = pl.Trainer(
-        accelerator=cfg.trainer.accelerator,
-        strategy=cfg.trainer.strategy,
-        devices=cfg.trainer.devices,
-        precision=cfg.trainer.precision,
-        max_epochs=1,
-        logger=loggers,
-        callbacks=callbacks,
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+        callbacks = [ProgressBar(), *callbacks, Samples(cfg.trainer.samples_every)]
     with interruption.listening():
+        trainer = pl.Trainer(
+            accelerator=cfg.trainer.accelerator,
+            strategy=cfg.trainer.strategy,
+            devices=cfg.trainer.devices,
+            precision=cfg.trainer.precision,
+            max_epochs=1,
+            logger=loggers,
+            callbacks=callbacks,
+            log_every_n_steps=1,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
         trainer.fit(module, Turns(module), ckpt_path=begin, weights_only=True)
-    if module.updates < module.max_updates:
-        raise Interrupted(f"stopped after update {module.updates}, which is saved")
-    if not first:
+        if module.updates < module.max_updates:
+            raise Interrupted(f"stopped after update {module.updates}, which is saved")
+        if first:
+            _finish(cfg, folder, module, tested, validation, unused)
+    return interruption.asked
+
+
+def go_on_from(checkpoint: Path, state: dict[str, Any], saved: Path, validation: Validation) -> None:
+    """Make `checkpoint`, which holds `state`, the last one of `saved`, and best.ckpt agree with it.
+
+    What stood there before is kept as replaced.ckpt and replaced-best.ckpt. At every moment last.ckpt is a
+    whole checkpoint. best.ckpt may be of a later update than `state` knows, where the run goes back or was
+    killed between two files: then the best is chosen from this checkpoint's update on.
+    """
+    for stale in saved.glob("*.tmp"):
+        stale.unlink()
+    _put(checkpoint, saved / "last.ckpt", saved / "replaced.ckpt")
+    update = state["spg"]["updates"]
+    known = Validation(validation.every)
+    known.load_state_dict(state["callbacks"]["Validation"])
+    best = saved / "best.ckpt"
+    if known.best is None or (best.exists() and _update_of(best) == known.best[0]):
         return
+    if update != known.best[0]:
+        log.info("The best checkpoint before this one, of update %d, is no longer there", known.best[0])
+        validation.since = update
+    if update in dict(known.history):
+        _put(checkpoint, best, saved / "replaced-best.ckpt")
+
+
+def _update_of(path: Path) -> int | None:
+    """Return the update of a checkpoint, None where it can't be read."""
+    try:
+        update: int = read_checkpoint(path)["spg"]["updates"]
+    except ValueError:
+        return None
+    return update
+
+
+def _put(checkpoint: Path, place: Path, before: Path) -> None:
+    """Copy a checkpoint to `place`, which is whole at every moment; what stood there becomes `before`."""
+    if checkpoint.resolve() == place.resolve():
+        return
+    staged = place.with_name(f"{place.name}.tmp")
+    shutil.copyfile(checkpoint, staged)
+    with staged.open("rb") as file:
+        os.fsync(file.fileno())
+    if place.exists():
+        before.unlink(missing_ok=True)
+        os.link(place, before)
+    os.replace(staged, place)
+
+
+def _finish(
+    cfg: DictConfig,
+    folder: Path,
+    module: Training,
+    tested: BeforeAndAfter,
+    validation: Validation,
+    unused: list[str],
+) -> None:
+    """Write weights, summary and curve of a run that has done all its updates, and show the table."""
+    assert validation.best is not None
     if module.policy.has_adapter:
         module.policy.save_adapter(folder / "adapter")
     else:
@@ -222,18 +308,6 @@ def _fit(cfg: DictConfig, folder: Path, started: float, begin: Path | None, grou
     title = f"{module.task.name}, {summary['n']} examples a half, seed {cfg.seed}"
     curve(folder, title)
     show_summary(summary, folder)
-
-
-def _make_last(checkpoint: Path, last: Path) -> None:
-    """Make `checkpoint` the one that the run goes on from, and sweep unfinished files away."""
-    for stale in last.parent.glob("*.tmp"):
-        stale.unlink()
-    if checkpoint.resolve() != last.resolve():
-        staged = last.with_name("last.ckpt.tmp")
-        shutil.copyfile(checkpoint, staged)
-        if last.exists():
-            os.replace(last, last.with_name("last.ckpt.replaced"))
-        os.replace(staged, last)
 
 
 def git_commit() -> str | None:
@@ -274,4 +348,5 @@ def show_summary(summary: Mapping[str, Any], folder: Path) -> None:
     )
     if summary["unused_knobs"]:
         log.info("Read by no selected part: %s", ", ".join(summary["unused_knobs"]))
-    log.info("Run directory: %s (curve.png, metrics.csv, summary.json, weights.safetensors)", folder)
+    weights = next(name for name in ("weights.safetensors", "adapter") if (folder / name).exists())
+    log.info("Run directory: %s (curve.png, metrics.csv, summary.json, %s)", folder, weights)

@@ -114,6 +114,35 @@ def interrupted(update: str, patch: Patch = setattr) -> None:
     patch(Training, "record", record)
 
 
+def terminated_at_first_evaluation(path: str, patch: Patch = setattr) -> None:
+    """Send SIGTERM to this process when the base model is evaluated, once."""
+    from spg.module import Training
+
+    original, calls = Training.evaluate, []
+
+    def evaluate(self: Any, split: str) -> Any:
+        calls.append(split)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, split)
+
+    patch(Training, "evaluate", evaluate)
+
+
+def fails_at(update: str, patch: Patch = setattr) -> None:
+    """Raise in update number `update`, from 1."""
+    from spg.module import Training
+
+    original = Training.update
+
+    def fail(self: Any, *rest: Any) -> Any:
+        if self.updates + 1 == int(update):
+            raise ZeroDivisionError("planted")
+        return original(self, *rest)
+
+    patch(Training, "update", fail)
+
+
 def fails_where(key: str, patch: Patch = setattr) -> None:
     """Raise in the training of runs whose folder's name holds `key`."""
     import spg.training

@@ -258,3 +258,16 @@ def test_training_with_a_divergence_to_the_reference(tmp_path: Path) -> None:
         folder = train_here(tmp_path / name, *lines, *more)
         rows = comparable(folder)
         assert float(rows[-1]["kl"]) > 0
+
+
+def test_a_divergence_that_overflows_names_its_sequences() -> None:
+    policy = small_policy()
+    policy.keep_reference()
+    with torch.no_grad():
+        policy.network.get_parameter("model.transformer.ff_out.weight").mul_(1e4)
+    module = module_of(policy, 1.0)
+    experience, samples = batch(0)
+    loss, _, _ = gradient(module)
+    assert loss == float("inf")
+    found = module.culprits(experience, samples)
+    assert found, "named, and not blamed on the weights"

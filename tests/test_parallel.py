@@ -114,6 +114,25 @@ def test_when_one_process_dies_the_others_end(tmp_path: Path, victim: str) -> No
     assert torch.load(folder / "checkpoints/last.ckpt")["spg"]["updates"] >= 4, "whole"
 
 
+def test_an_error_of_the_first_process_is_the_one_that_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    lines = [*QUICK, *TWO, "task.eval_size=4", f"hydra.run.dir={folder}"]
+    started = time.monotonic()
+    text = run("tests.faults", "fails_at=2", "spg.train", *lines, check=False)
+    assert time.monotonic() - started < 60
+    assert "ZeroDivisionError: planted" in text
+    assert read_status(folder)["error"] == "planted"
+    text = run("train", *lines[:-1], f"model.weights={tmp_path / 'none'}", folder=tmp_path / "x", check=False)
+    assert "is no file" in text
+    assert "ended unexpectedly" not in text
+
+
+def test_jobs_of_a_multirun_with_several_processes_follow_each_other(tmp_path: Path) -> None:
+    lines = [*QUICK, *SMALL, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1,2"]
+    run("train", "--multirun", *lines, f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    close(*(tmp_path / "sweep" / f"trainer.devices-{n}" for n in (1, 2)))
+
+
 def children(parent: int, words: str) -> list[int]:
     """Return the processes that `parent` started with `words` in their command."""
     found = []

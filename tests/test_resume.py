@@ -19,7 +19,7 @@ from spg.config import ConfigError
 from spg.errors import Interrupted, RunError
 from spg.failure import reproduce
 from spg.loggers import read_metrics
-from spg.status import at_work, read_status
+from spg.status import at_work, read_status, write_status
 from tests import faults
 from tests.helpers import QUICK, ROOT, command, comparable, run, same_run, train_here
 
@@ -194,7 +194,8 @@ def test_metrics_that_do_not_reach_the_checkpoint_are_refused(stopped: Path) -> 
     [
         (["seed=1"], r"seed=1: a run goes on with its own settings \(seed=0"),
         (["beta=2", "trainer.max_updates=40"], "allowed: trainer.max_updates"),
-        (["estimator=elbo"], "estimator=elbo: a run goes on with its own settings"),
+        (["estimator=elbo"], "estimator=elbo: beside resume=... only these are taken"),
+        (["trainer.max_update=null"], r"nearest: trainer\.max_updates"),
         (["trainer.max_updates=none"], "trainer.max_updates=none: out of range"),
     ],
 )
@@ -203,6 +204,45 @@ def test_a_changed_configuration_is_refused(stopped: Path, overrides: list[str],
     with pytest.raises(ConfigError, match=words):
         runs.resume(str(stopped), overrides)
     assert everything(stopped) == before
+
+
+def test_options_of_the_command_line_are_refused_beside_resume(stopped: Path) -> None:
+    text = run("train", f"resume={stopped}", "--multirun", check=False)
+    assert text.strip() == "--multirun can't be given together with resume=...; leave it out"
+    assert read_status(stopped)["state"] == "interrupted"
+
+
+def test_a_finished_run_stays_one_when_a_resume_is_refused(tmp_path: Path) -> None:
+    folder = train_here(tmp_path / "run", "trainer.max_updates=4", "task.eval_size=4")
+    make_foreign(folder / "checkpoints" / "other.ckpt")
+    with pytest.raises(RunError, match="is no checkpoint"):
+        runs.resume(str(folder / "checkpoints" / "other.ckpt"), [])
+    assert read_status(folder)["state"] == "finished"
+
+
+def test_a_row_that_a_kill_cut_short_is_dropped(stopped: Path, tmp_path: Path) -> None:
+    with (stopped / "metrics.csv").open("a") as file:
+        file.write("1")  # of row 12, say
+    runs.resume(str(stopped), [])
+    assert same_run(train_here(tmp_path / "whole"), stopped)
+
+
+def test_killed_before_the_first_last_checkpoint_it_goes_on_from_the_best(
+    stopped: Path, tmp_path: Path
+) -> None:
+    """The best one is written first, so that for a moment there is no other."""
+    (stopped / "checkpoints" / "last.ckpt").unlink()
+    runs.resume(str(stopped), [])
+    assert same_run(train_here(tmp_path / "whole"), stopped)
+
+
+def test_sigterm_in_the_first_evaluation_stops_after_the_first_rollout(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        faults.terminated_at_first_evaluation("", patch.setattr)
+        with pytest.raises(Interrupted, match="stopped after update 4, which is saved; go on with"):
+            train_here(tmp_path / "run")
+    runs.resume(str(tmp_path / "run"), [])
+    assert same_run(train_here(tmp_path / "whole"), tmp_path / "run")
 
 
 def test_an_edited_configuration_is_refused(stopped: Path) -> None:
@@ -222,6 +262,28 @@ def test_more_updates_are_the_longer_run(tmp_path: Path) -> None:
     assert "max_updates: 8" in (short / "config.yaml").read_text()
 
 
+def test_fewer_updates_than_were_done_are_refused(stopped: Path) -> None:
+    before = everything(stopped)
+    with pytest.raises(RunError, match=r"has done 4 updates already, but trainer\.max_updates=2"):
+        runs.resume(str(stopped), ["trainer.max_updates=2"])
+    assert everything(stopped) == before
+
+
+def test_killed_after_the_last_update_it_still_gets_its_summary(tmp_path: Path) -> None:
+    """Nothing is left to train; evaluation, weights and summary are made."""
+    folder = train_here(tmp_path / "run")
+    whole = tmp_path / "whole"
+    shutil.copytree(folder, whole)
+    for name in ("summary.json", "weights.safetensors", "curve.png"):
+        (folder / name).unlink()
+    write_status(folder, state="running")
+    runs.resume(str(folder), [])
+    assert same_run(whole, folder)
+    summaries = [json.loads((p / "summary.json").read_text()) for p in (whole, folder)]
+    for key in ("accuracy.before", "accuracy.after", "accuracy.last", "best.update", "rollouts"):
+        assert summaries[0][key] == summaries[1][key]
+
+
 def test_from_a_checkpoint_that_was_kept(tmp_path: Path) -> None:
     first = train_here(tmp_path / "run", "trainer.max_updates=12", "trainer.keep_every=4")
     copied = tmp_path / "copy"
@@ -229,7 +291,28 @@ def test_from_a_checkpoint_that_was_kept(tmp_path: Path) -> None:
     assert (first / "checkpoints" / "update-000012.ckpt").is_file()
     runs.resume(str(first / "checkpoints" / "update-000004.ckpt"), [])
     assert same_run(copied, first)
-    assert (first / "checkpoints" / "last.ckpt.replaced").is_file(), "the later one is not thrown away"
+    assert (first / "checkpoints" / "replaced.ckpt").is_file(), "the later one is not thrown away"
+
+
+def test_going_back_forgets_a_best_checkpoint_that_is_no_longer_of_the_run(tmp_path: Path) -> None:
+    """What the summary reports at the best update is that update's model."""
+    lines = (
+        "trainer.max_updates=12",
+        "trainer.keep_every=4",
+        "optimizer.lr=1e-3",
+        "trainer.validate_every=4",
+    )
+    folder = train_here(tmp_path / "run", *lines)
+    saved = folder / "checkpoints"
+    shutil.copyfile(saved / "update-000012.ckpt", saved / "best.ckpt")  # as if it had been the best
+    later = saved / "best.ckpt"
+    assert torch.load(later)["spg"]["updates"] == 12
+    runs.resume(str(saved / "update-000004.ckpt"), ["trainer.max_updates=4"])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["best.update"] == 4
+    assert summary["accuracy.after"] == summary["accuracy.last"], "both are of update 4"
+    assert torch.load(saved / "best.ckpt")["spg"]["updates"] == 4
+    assert torch.load(saved / "replaced-best.ckpt")["spg"]["updates"] == 12
 
 
 def test_a_run_is_not_started_over_another(stopped: Path) -> None:

@@ -152,20 +152,6 @@ def test_pretraining_repeats_the_shipped_weights(tmp_path: Path) -> None:
         assert torch.allclose(tensor, made_tensors[name], atol=1e-3), name
 
 
-def test_wandb_without_an_account_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    text = run("train", "logger=wandb", "experiment=quick", folder=tmp_path / "run")
-    assert "wandb sync" in text
-    (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
-    (file,) = offline.glob("*.wandb")
-    content = file.read_bytes()
-    for name in (b"bound/lower", b"frac_reward_zero_std", b"val/accuracy", b"samples"):
-        assert name in content, name
-
-
 def test_metrics_file_grows_by_columns_and_merges_steps(tmp_path: Path) -> None:
     logger = MetricsCSV(tmp_path)
     logger.log_metrics({"a": 1.0}, step=0)
