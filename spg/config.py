@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
+import itertools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,13 +43,13 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command line asks for: one job, or a multirun of `jobs` over `swept` keys."""
+    """What a command line asks for: one job, or a multirun over `swept` keys, whose values `jobs` hold."""
 
     arguments: tuple[str, ...]
     multirun: bool = False
     name: str = ""
     swept: tuple[str, ...] = ()
-    jobs: int = 1
+    jobs: tuple[tuple[str, ...], ...] = ()
 
 
 def preflight(primary: str, argv: list[str]) -> Plan | None:
@@ -78,13 +78,18 @@ def preflight(primary: str, argv: list[str]) -> Plan | None:
         _check_names(name, every)
         for lines in _one_at_a_time(every, multirun):
             check(_compose(name, lines))
-    swept = tuple(dict.fromkeys(_written(o) for o in every if o.is_sweep_override() and not _is_hydra(o)))
+    last = {_written(o): o for o in every if not _is_hydra(o)}  # what Hydra takes of several
+    values = {
+        key: [f"{key}={value}" for value in o.sweep_string_iterator()]
+        for key, o in last.items()
+        if o.is_sweep_override()
+    }
     asked = sorted(o.input_line or "" for o in overrides if not _is_hydra(o))
     digest = hashlib.sha256(" ".join(asked).encode()).hexdigest()[:8]
-    title = name if args.config_name else "_".join(swept) or "single"
+    title = name if args.config_name else "_".join(values) or "single"
     title = title if args.config_name and not asked else f"{title}-{digest}"
-    jobs = math.prod(len(list(o.sweep_iterator())) for o in every if o.is_sweep_override())
-    return Plan(tuple(argv), multirun, re.sub(r"[^\w.-]", ".", title), swept, jobs)
+    title = re.sub(r"[^\w.-]", ".", title)
+    return Plan(tuple(argv), multirun, title, tuple(values), tuple(itertools.product(*values.values())))
 
 
 def sweep_folder(primary: str, plan: Plan) -> Path:

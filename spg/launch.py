@@ -23,8 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from spg.config import CONF_DIR, ConfigError, Plan, group_choices, preflight, sweep_folder
 from spg.console import take_over_logging
 from spg.errors import Interrupted, RunError
-from spg.status import LEFT_ALONE, STOPPING, write_json
-from spg.sweeps import read_jobs, show_jobs, write_runs
+from spg.status import LEFT_ALONE, STOPPING, read_status, write_json
+from spg.sweeps import show_jobs, write_runs
 
 log = logging.getLogger(__name__)
 
@@ -128,13 +128,14 @@ def _sweep(primary: str, plan: Plan, argv: list[str], app: Callable[[], Any]) ->
             f"{number} of the multirun's jobs were left alone: their directories are in use, or hold other "
             f"runs; {alone} says which"
         )
-    finished = sum(job.state == "finished" for job in read_jobs(folder))
     if stopping.exists():
         stopping.unlink()
         raise Interrupted(f"stopped; the multirun goes on with the same command: {command}")
-    if finished < plan.jobs:
+    names = {job_name(list(values)) for values in plan.jobs}
+    left = [name for name in names if read_status(folder / name).get("state") != "finished"]
+    if left:
         raise RunError(
-            f"{plan.jobs - finished} of the multirun's {plan.jobs} jobs did not finish; the same command "
+            f"{len(left)} of the multirun's {len(names)} jobs did not finish; the same command "
             f"again does these only: {command}"
         )
 
