@@ -56,7 +56,7 @@ def identity(cfg: DictConfig) -> dict[str, str]:
 
 def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     """Start a run in `folder`; raises ConfigError where that holds one already."""
-    if (folder / "config.yaml").exists():
+    if any((folder / name).exists() for name in ("metrics.csv", "checkpoints")):  # what could be lost
         raise ConfigError(
             f"{folder} holds a run already; go on with it (python -m spg.train resume={folder}), or give "
             "another hydra.run.dir"

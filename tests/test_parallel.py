@@ -47,15 +47,21 @@ def close(one: Path, two: Path) -> None:
     ("loss_norm", "more"),
     [
         ("group", ("trainer.micro_batch_size=37", "advantage=shifted", "algorithm.objective.kl_coef=0.01")),
-        ("batch", ("estimator=eubo",)),
+        ("batch", ("estimator=eubo", "trainer.prompts_per_rollout=2", "group_size=2", "seed=4")),
     ],
 )
 def test_two_processes_give_the_update_of_one(tmp_path: Path, loss_norm: str, more: tuple[str, ...]) -> None:
-    """Half of the prompts each; pieces of unlike number, an advantage and a norm over all prompts."""
+    """Half of the prompts each; pieces of unlike number, an advantage and a norm over all prompts.
+
+    In the second case one of the two has nothing to learn from in some update, and must not be waited for.
+    """
     lines = [*QUICK, *SMALL, f"algorithm.objective.loss_norm={loss_norm}", *more]
     run("train", *lines, *TWO, folder=tmp_path / "two")
     train_here(tmp_path / "one", *lines)
     close(tmp_path / "one", tmp_path / "two")
+    if loss_norm == "batch":
+        zero = {row["frac_reward_zero_std"] for row in comparable(tmp_path / "two")}
+        assert "0.5" in zero
     summaries = [json.loads((tmp_path / n / "summary.json").read_text()) for n in ("one", "two")]
     assert [s["devices"] for s in summaries] == [1, 2]
     assert summaries[0]["n"] == summaries[1]["n"] == 31, "an odd number of puzzles, each once"
