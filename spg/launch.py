@@ -41,7 +41,6 @@ def run(
     resume: what to do instead with the path and the other overrides, where `resume=<path>` is among them.
     Ends the process with 2 after a mistake of the user's, 1 after a failure, 130 after an interruption.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve shared cores
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let our errors through, unwrapped
     try:
         argv = group_choices(sys.argv[1:])
@@ -185,7 +184,7 @@ def job_name(overrides: list[str]) -> str:
         plain = re.sub(r"[^A-Za-z0-9.-]", "-", value)
         # what was replaced still tells jobs apart
         mark = "" if plain == value else f"-{zlib.crc32(value.encode()):08x}"
-        parts.append(f"{re.sub(r'[^A-Za-z0-9.-]', '.', key)}-{plain}{mark}")
+        parts.append(f"{re.sub(r'[^A-Za-z0-9_.-]', '.', key)}-{plain}{mark}")
     return "_".join(parts) or "job"
 
 

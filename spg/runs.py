@@ -236,7 +236,17 @@ def _work(
     return asked
 
 
-def _train(cfg: DictConfig, folder: Path, *rest: Any) -> bool:
+def _train(
+    cfg: DictConfig,
+    folder: Path,
+    started: float,
+    checkpoint: Path | None = None,
+    changes: Sequence[str] = (),
+    group: str | None = None,
+) -> bool:
+    if cfg.trainer.devices > 1 or group is not None:
+        # threads that wait spinning are fast alone and starve those of other processes on the same cores
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from spg.training import train
 
-    return train(cfg, folder, *rest)
+    return train(cfg, folder, started, checkpoint, changes, group)

@@ -1,5 +1,10 @@
-"""One CPU thread in the test process, so that sums of floats do not depend on the machine's cores."""
+"""One CPU thread in the test processes, so that sums of floats do not depend on the machine's cores."""
 
-import torch
+import os
+
+# runs that the tests start share the cores with each other: threads must not wait spinning
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
