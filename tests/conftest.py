@@ -5,6 +5,6 @@ import os
 # runs that the tests start share the cores with each other: threads must not wait spinning
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)
