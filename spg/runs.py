@@ -124,6 +124,7 @@ def sweep_job(cfg: DictConfig, folder: Path, overrides: list[str], values: Mappi
             write_status(folder, overrides=dict(values))
             if _work(cfg, folder, group=folder.parent.name):
                 stopping.touch()
+            (folder / "error.txt").unlink(missing_ok=True)  # of a failure before
     except (Interrupted, KeyboardInterrupt) as stop:
         log.info("%s: %s", folder.name, stop or "stopped")
         stopping.touch()
