@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from spg import config, launch, sweeps
 from spg.config import ConfigError
 from spg.console import console, take_over_logging
+from spg.files import write_text
 from spg.sweeps import Point, Sweep
 
 log = logging.getLogger(__name__)
@@ -64,9 +65,9 @@ def make(folder: Path, output: Path, measure: str, window: int) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
     paths = [
         sweeps.write_runs(folder, output),
-        sweeps.write_text(output / "sweep.json", (folder / "sweep.json").read_text(encoding="utf-8")),
-        sweeps.write_text(output / "table.csv", table_csv(points, sweep, measure)),
-        sweeps.write_text(output / "table.md", table_markdown(points, sweep, measure, note)),
+        write_text(output / "sweep.json", (folder / "sweep.json").read_text(encoding="utf-8")),
+        write_text(output / "table.csv", table_csv(points, sweep, measure)),
+        write_text(output / "table.md", table_markdown(points, sweep, measure, note)),
     ]
     from spg.plots import dynamics_figure, sweep_figure  # matplotlib takes a second
 
@@ -155,7 +156,7 @@ def page(path: Path) -> list[str]:
         table = (path.parent / match["name"] / "table.md").read_text(encoding="utf-8")
         return f"{match[1]}\n{table}\n{match[3]}"
 
-    sweeps.write_text(path, _MARKED.sub(filled, text))
+    write_text(path, _MARKED.sub(filled, text))
     return names
 
 

@@ -108,13 +108,14 @@ def _sweep(primary: str, plan: Plan, argv: list[str], app: Callable[[], Any]) ->
     alone.unlink(missing_ok=True)
     stopping = folder / STOPPING
     stopping.unlink(missing_ok=True)
+    failure: Exception | None = None
     try:
         with _stopping_by(stopping):
             app()
     except KeyboardInterrupt:
         stopping.touch()
-    except Exception as error:  # noqa: BLE001  # a launcher's: what the jobs did is told all the same
-        log.error("The launcher ended early: %r", error)
+    except Exception as error:  # noqa: BLE001  # a launcher's: raised below, when what the jobs did is told
+        failure = error
     take_over_logging()
     if not alone.exists():  # else the directory may hold another command's jobs
         write_json(about, record)
@@ -130,6 +131,10 @@ def _sweep(primary: str, plan: Plan, argv: list[str], app: Callable[[], Any]) ->
     if stopping.exists():
         stopping.unlink()
         raise Interrupted(f"stopped; the multirun goes on with the same command: {command}")
+    if failure is not None:
+        raise RunError(
+            f"the launcher ended early ({failure!r}); the same command again does what is left: {command}"
+        ) from failure
     names = {job_name(list(values)) for values in plan.jobs}
     left = [name for name in names if read_status(folder / name).get("state") != "finished"]
     if left:

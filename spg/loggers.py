@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from spg.errors import RunError
+from spg.files import read_csv
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class MetricsCSV(Logger):
 
     def up_to(self, update: int) -> list[dict[str, str]]:
         """Return the rows up to that of `update`; raises RunError where there is none."""
-        rows = read_metrics(self.path) if self.path.is_file() else []
+        rows = read_csv(self.path) if self.path.is_file() else []
         last = next((i for i, row in enumerate(rows) if row["update"] == str(update)), None)
         if last is None:
             raise RunError(
@@ -87,7 +88,7 @@ class MetricsCSV(Logger):
             return
         new = [name for name in self._row if name not in self._columns]
         if new:
-            rows = read_metrics(self.path) if self._columns else []
+            rows = read_csv(self.path) if self._columns else []
             self._columns += new
             self._write(rows)
         with self.path.open("a", newline="", encoding="utf-8") as file:
@@ -105,12 +106,6 @@ class MetricsCSV(Logger):
     def finalize(self, status: str) -> None:
         """Write what is pending."""
         self.save()
-
-
-def read_metrics(path: str | Path) -> list[dict[str, str]]:
-    """Return the rows of a metrics.csv, as written."""
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def wandb_logger(

@@ -12,7 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from spg.sweeps import Job, Point, best, read_csv, rows_of, written
+from spg.files import read_csv
+from spg.sweeps import Job, Point, best, rows_of, written
 
 # Okabe and Ito's palette, told apart by colour-blind readers
 BLUE, ORANGE, GREY, GREEN, AMBER, BLACK = "#0072B2", "#D55E00", "#999999", "#009E73", "#E69F00", "#000000"

@@ -86,7 +86,7 @@ class Ranks:
     def _end_others(self, error: BaseException | None) -> str | None:
         """Wait for the others, or end them after a failure; return a line about one that died before."""
         died = None
-        if isinstance(error, Exception):
+        if isinstance(error, RuntimeError):
             deadline = time.monotonic() + 2.0
             while self.others and died is None and time.monotonic() < deadline:
                 time.sleep(0.1)

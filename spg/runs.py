@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from spg import config
 from spg.config import CONF_DIR, ConfigError
 from spg.errors import Interrupted, RunError
+from spg.files import write_text
 from spg.ranks import rank
 from spg.status import LEFT_ALONE, STOPPING, InUseError, at_work, read_status, write_status
 
@@ -164,9 +165,7 @@ def _new(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
 
 def write_config(cfg: DictConfig, folder: Path) -> None:
     """Write the run's configuration, resolved, to `<folder>/config.yaml`, whole or not at all."""
-    staged = folder / "config.yaml.tmp"
-    OmegaConf.save(cfg, staged, resolve=True)
-    os.replace(staged, folder / "config.yaml")
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
 
 def _changed(cfg: DictConfig, overrides: list[str], folder: Path) -> DictConfig:
@@ -226,7 +225,7 @@ def _work(
     """
     started = time.perf_counter()
     try:
-        asked = _train(cfg, folder, started, checkpoint, changes, group)
+        asked = _train(cfg, folder, started, checkpoint, changes, group=group)
     except BaseException as error:
         stopped = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
         if read_status(folder).get("state") != "finished":
@@ -237,17 +236,10 @@ def _work(
     return asked
 
 
-def _train(
-    cfg: DictConfig,
-    folder: Path,
-    started: float,
-    checkpoint: Path | None = None,
-    changes: Sequence[str] = (),
-    group: str | None = None,
-) -> bool:
+def _train(cfg: DictConfig, folder: Path, *rest: Any, group: str | None = None) -> bool:
     if cfg.trainer.devices > 1 or group is not None:
         # threads that wait spinning are fast alone and starve those of other processes on the same cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from spg.training import train
 
-    return train(cfg, folder, started, checkpoint, changes, group)
+    return train(cfg, folder, *rest, group=group)

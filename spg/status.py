@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from spg.errors import RunError
+from spg.files import write_text
 
 STATES = ("running", "finished", "failed", "interrupted")
 # in a multirun's directory: which jobs the last command did not touch, and why
@@ -25,9 +25,7 @@ class InUseError(RunError):
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` to `path`, whole or not at all."""
-    staged = path.with_name(f"{path.name}.tmp")
-    staged.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(staged, path)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_status(folder: Path) -> dict[str, Any]:

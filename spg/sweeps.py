@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from spg.config import ConfigError
 from spg.console import console
+from spg.files import read_csv, write_text
 
 MOMENTS = ("before", "after", "last")
 RESAMPLES = 10_000
@@ -117,20 +117,6 @@ def _json(path: Path) -> dict[str, Any]:
             f"{path} can't be read as JSON ({error}); run the multirun's command again"
         ) from error
     return record
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file, as written."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a file under a temporary name and rename it, so that no reader meets half of it."""
-    staged = path.with_name(f"{path.name}.tmp")
-    staged.write_text(text, encoding="utf-8", newline="")
-    os.replace(staged, path)
-    return path
 
 
 def csv_text(columns: Sequence[str], rows: Sequence[Row]) -> str:

@@ -88,6 +88,7 @@ def train(
     started: float,
     checkpoint: Path | None = None,
     changes: Sequence[str] = (),
+    *,
     group: str | None = None,
 ) -> bool:
     """Run the training that `cfg` describes, or go on with it; all that it leaves lies in `folder`.
@@ -123,9 +124,9 @@ def train(
         raise told(error, cfg, folder) from error
     except RunError as error:
         raise told(error, cfg, folder) from error
-    except Exception:
+    except RuntimeError:  # as torch.distributed raises where another process is gone
         if rank() > 0:
-            time.sleep(3.0)  # where the first process died, end_with_parent says so meanwhile
+            time.sleep(3.0)  # if that was the first one, end_with_parent says so meanwhile
         raise
     finally:
         if dist.is_initialized():  # the next run of a multirun makes its own

@@ -149,10 +149,10 @@ def fails_where(key: str, patch: Patch = setattr) -> None:
 
     original = spg.training.train
 
-    def train(cfg: Any, folder: Path, *rest: Any) -> None:
+    def train(cfg: Any, folder: Path, *rest: Any, **more: Any) -> Any:
         if key in folder.name:
             raise ZeroDivisionError("planted")
-        original(cfg, folder, *rest)
+        return original(cfg, folder, *rest, **more)
 
     patch(spg.training, "train", train)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spg import config, runs
-from spg.loggers import read_metrics
+from spg.files import read_csv
 from spg.models.llada import LLaDA, LLaDAConfig
 from spg.models.tokenizer import tiny_tokenizer
 from spg.policy import Policy
@@ -161,8 +161,7 @@ def train_here(folder: Path, *overrides: str) -> Path:
 def comparable(folder: Path) -> list[dict[str, str]]:
     """Return the rows of a run's metrics.csv, in their columns' order, without wall-clock times."""
     return [
-        {k: v for k, v in row.items() if not k.startswith(TIMES)}
-        for row in read_metrics(folder / "metrics.csv")
+        {k: v for k, v in row.items() if not k.startswith(TIMES)} for row in read_csv(folder / "metrics.csv")
     ]
 
 

@@ -8,8 +8,10 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -400,3 +402,37 @@ def test_a_mistake_in_one_value_is_refused_before_any_job_starts(tmp_path: Path)
     assert done.returncode == 2, done.stderr
     assert "nearest: estimator=mixture" in done.stderr
     assert not (tmp_path / "s").exists()
+
+
+def test_a_combination_that_is_out_of_range_fails_its_own_job(tmp_path: Path) -> None:
+    """Each value alone is allowed, so that only the job can tell."""
+    cfg = config.compose("config", list(QUICK))
+    OmegaConf.update(cfg, "task.min_empty", 10)
+    OmegaConf.update(cfg, "task.max_empty", 6)
+    runs.sweep_job(cfg, tmp_path / "sweep" / "job", [], {"task.min_empty": 10})
+    status = read_status(tmp_path / "sweep" / "job")
+    assert status["state"] == "failed"
+    assert "task.min_empty=10 is above task.max_empty=6" in status["error"]
+
+
+@pytest.mark.long
+def test_ctrl_c_under_joblib_saves_the_jobs_at_work_and_starts_no_other(tmp_path: Path) -> None:
+    lines = ["-m", *QUICK, "seed=1,2,3", "trainer.max_updates=4000", "hydra/launcher=joblib"]
+    lines += ["hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    process = subprocess.Popen(
+        command("train", *lines),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 90
+    while len(list((tmp_path / "sweep").glob("*/checkpoints/last.ckpt"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the command
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "stopped; the multirun goes on with the same command" in text
+    states = {p.parent.name: json.loads(p.read_text())["state"] for p in tmp_path.glob("sweep/*/status.json")}
+    assert states == {"seed-1": "interrupted", "seed-2": "interrupted"}

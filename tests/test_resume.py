@@ -18,7 +18,7 @@ from spg import runs
 from spg.config import ConfigError
 from spg.errors import Interrupted, RunError
 from spg.failure import reproduce
-from spg.loggers import read_metrics
+from spg.files import read_csv
 from spg.status import at_work, read_status, write_status
 from tests import faults
 from tests.helpers import QUICK, ROOT, command, comparable, run, same_run, train_here
@@ -42,7 +42,7 @@ def kill_at(folder: Path, update: int, delay: float) -> None:
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
-        rows = read_metrics(folder / "metrics.csv") if (folder / "metrics.csv").exists() else []
+        rows = read_csv(folder / "metrics.csv") if (folder / "metrics.csv").exists() else []
         if rows and int(rows[-1]["update"]) >= update:
             break
         time.sleep(0.01)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spg.loggers import MetricsCSV, read_metrics
+from spg.files import read_csv
+from spg.loggers import MetricsCSV
 from tests.helpers import ROOT, comparable, run
 
 
@@ -53,7 +54,7 @@ def test_what_a_run_prints(quick: Path) -> None:
 
 
 def test_metrics_have_the_names_of_the_field(quick: Path) -> None:
-    rows = read_metrics(quick / "metrics.csv")
+    rows = read_csv(quick / "metrics.csv")
     assert [row["update"] for row in rows] == [str(n) for n in range(9)]
     expected = {
         "reward",
@@ -159,7 +160,7 @@ def test_metrics_file_grows_by_columns_and_merges_steps(tmp_path: Path) -> None:
     logger.log_metrics({"a": 3.0}, step=1)
     logger.log_metrics({"c": 4.0}, step=2)
     logger.finalize("success")
-    assert read_metrics(tmp_path / "metrics.csv") == [
+    assert read_csv(tmp_path / "metrics.csv") == [
         {"update": "0", "a": "1.0", "b": "2.0", "c": ""},
         {"update": "1", "a": "3.0", "b": "", "c": ""},
         {"update": "2", "a": "", "b": "", "c": "4.0"},

@@ -18,7 +18,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.wandb_config import Config
 
 from spg import loggers
-from spg.loggers import read_metrics
+from spg.files import read_csv
 from tests.helpers import QUICK, ROOT, command
 
 TINY = (*QUICK, "logger=wandb", "task.eval_size=8", "trainer.prompts_per_rollout=2")
@@ -146,7 +146,7 @@ def test_the_configuration_is_the_runs(resumed: tuple[Path, str, str]) -> None:
 
 def test_the_rows_are_those_of_metrics_csv(resumed: tuple[Path, str, str]) -> None:
     before, after = map(history, offline_folders(resumed[0]))
-    rows = read_metrics(resumed[0] / "metrics.csv")
+    rows = read_csv(resumed[0] / "metrics.csv")
     assert [int(row["update"]) for row in rows] == list(range(13))
     assert max(before) == 4
     assert min(after) == 5, "no row is lost, none is there twice"

@@ -1,0 +1,21 @@
+"""Small text files of a run's directory: read as they are, written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file, as written."""
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file under a temporary name and rename it, so that no reader meets half of it."""
+    staged = path.with_name(f"{path.name}.tmp")
+    staged.write_text(text, encoding="utf-8", newline="")
+    os.replace(staged, path)
+    return path
