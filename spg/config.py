@@ -26,6 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from spg.errors import InputError
 from spg.limits import LIMITS, check_length_counted_once
 
 _PACKAGED = Path(__file__).parent / "conf"
@@ -37,7 +38,7 @@ KNOBS = ("beta", "omega", "block_size", "num_mc", "gen_length")
 OmegaConf.register_new_resolver("ceil_div", lambda a, b: -(-int(a) // int(b)), replace=True)
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A mistake in what the user asked for; its text is all that the user needs to see."""
 
 

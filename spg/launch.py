@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spg.config import CONF_DIR, ConfigError, Plan, group_choices, preflight, sweep_folder
 from spg.console import take_over_logging
-from spg.errors import Interrupted, RunError
+from spg.errors import InputError, Interrupted, RunError
 from spg.status import LEFT_ALONE, STOPPING, read_status, write_json
 from spg.sweeps import show_jobs, write_runs
 
@@ -61,7 +61,7 @@ def run(
         def told(cfg: DictConfig) -> None:
             try:
                 job(cfg)
-            except (ConfigError, RunError, OSError) as error:  # Hydra would put a line of its own before it
+            except (InputError, RunError, OSError) as error:  # Hydra would put a line of its own before it
                 failures.append(error)
 
         app = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=primary)(told)
@@ -71,7 +71,7 @@ def run(
             app()
         if failures:
             raise failures[0]
-    except ConfigError as error:
+    except InputError as error:
         _end(str(error), 2)
     except RunError as error:
         _end(str(error), 1)

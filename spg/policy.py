@@ -116,8 +116,10 @@ class Policy(nn.Module):
                 "this model's tokenizer has no chat template, so it cannot read an instruct prompt; "
                 "use task.prompt_style=bare, or an instruction-tuned model"
             )
-        text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        return list(self._encode_text(text))
+        opening = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else None
+        asked = prompt if opening is None else prompt[:-1]
+        text = self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        return list(self._encode_text(text + (opening or "")))
 
     def _encode(self, text: str) -> tuple[int, ...]:
         ids = self.tokenizer.encode(text, add_special_tokens=False)

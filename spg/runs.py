@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spg import config
 from spg.config import CONF_DIR, ConfigError
-from spg.errors import Interrupted, RunError
+from spg.errors import InputError, Interrupted, RunError
 from spg.files import write_text
 from spg.ranks import rank
 from spg.status import LEFT_ALONE, STOPPING, InUseError, at_work, read_status, write_status
@@ -133,7 +133,7 @@ def sweep_job(cfg: DictConfig, folder: Path, overrides: list[str], values: Mappi
         log.error("%s left alone: %s", folder.name, error)
         with (folder.parent / LEFT_ALONE).open("a", encoding="utf-8") as file:
             file.write(f"{folder.name}: {error}\n")
-    except (RunError, ConfigError) as error:
+    except (RunError, InputError) as error:
         log.error("%s failed: %s", folder.name, error)
         _note_failure(folder, values, str(error))
     except Exception as error:  # noqa: BLE001  # whatever it is, the other jobs go on, and it is told

@@ -12,6 +12,8 @@ FLOORS = [
     {"types", "limits", "seeding", "console", "memory", "errors", "files"},
     {"masking", "estimators", "advantages", "objectives", "objectives.spg"},
     {"models", "models.network", "models.tokenizer", "models.llada", "tasks", "tasks.base", "tasks.sudoku"}
+    | {"tasks.rows", "tasks.prompts", "tasks.countdown", "tasks.arithmetic", "tasks.gsm8k", "tasks.math500"}
+    | {"tasks.humaneval", "tasks.mbpp", "tasks.code"}
     | {"status", "ranks"},
     {"weights", "adapters"},
     {"policy"},

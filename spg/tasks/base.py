@@ -10,24 +10,27 @@ Chat = list[dict[str, str]]
 # A completion with holes: texts are given, a number stands for that many tokens to be decoded.
 Template = tuple[str | int, ...]
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "heldout")
 
 
 class Task(Protocol):
     """A set of examples with a prompt, a reward and measures for each.
 
     Training learns from `reward` on the split `train`; evaluation reports `measure`. Choices are
-    made on `validation`, results reported on `test`; the two share no solution with `train`.
+    made on `validation`, results reported on `test`; the two are the halves of `heldout`.
     """
 
     name: str
+    parser: str  # name of the rule that finds a completion's answer and compares it
+    shots: int  # worked examples in a prompt
+    workers: int  # completions that may be scored at once; above 1 where scoring waits on other processes
 
     def examples(self, split: str) -> Sequence[Example]:
-        """Return the examples of `split`, the same at every call."""
+        """Return the examples of `split`, the same at every call; raises InputError where there are none."""
         ...
 
     def prompt(self, example: Example) -> str | Chat:
-        """Return the prompt: bare text, or a chat for an instruction-tuned model."""
+        """Return the prompt: bare text, or a chat; an assistant's last message opens the completion."""
         ...
 
     def template(self, example: Example) -> Template | None:
@@ -35,13 +38,29 @@ class Task(Protocol):
         ...
 
     def target(self, example: Example) -> str:
-        """Return a right completion, from a solver, for supervised pretraining."""
+        """Return a right completion for supervised pretraining."""
         ...
 
     def reward(self, example: Example, completion: str) -> dict[str, float]:
         """Return the reward's parts for a completion's text; their sum is the reward."""
         ...
 
+    def answer(self, example: Example, completion: str) -> str | None:
+        """Return the answer that the parser finds in a completion's text, None where it finds none."""
+        ...
+
     def measure(self, example: Example, completion: str) -> dict[str, float]:
         """Return `accuracy`, from 0 to 1, and what belongs beside it, for a completion's text."""
         ...
+
+    def example_of(self, record: Mapping[str, Any]) -> Example:
+        """Return the example that a line of saved generations tells of; raises InputError where it does not.
+
+        Our own lines hold it under `example`; those of the authors' format have `question` and `ground_truth`.
+        """
+        ...
+
+
+def halves(rows: Sequence[Example], split: str) -> Sequence[Example]:
+    """Return a split of held-out rows: every other one for each half, all for `heldout`."""
+    return {"validation": rows[0::2], "test": rows[1::2], "heldout": rows}[split]
