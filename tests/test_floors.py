@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ast
+from itertools import combinations
 
 import pytest
 
 from tests.helpers import ROOT
 
+TASK_PARTS = ["tasks.rows", "tasks.prompts", "tasks.arithmetic", "tasks.latex", "tasks.verify", "tasks.code"]
+BENCHMARKS = [f"tasks.{name}" for name in ("sudoku", "countdown", "gsm8k", "math500", "humaneval", "mbpp")]
 FLOORS = [
     {"types", "limits", "seeding", "console", "memory", "errors", "files"},
     {"masking", "estimators", "advantages", "objectives", "objectives.spg"},
-    {"models", "models.network", "models.tokenizer", "models.llada", "tasks", "tasks.base", "tasks.sudoku"}
-    | {"tasks.rows", "tasks.prompts", "tasks.countdown", "tasks.arithmetic", "tasks.gsm8k", "tasks.math500"}
-    | {"tasks.humaneval", "tasks.mbpp", "tasks.code"}
+    {"models", "models.network", "models.tokenizer", "models.llada"}
+    | {"tasks", "cage", "tasks.base", *TASK_PARTS, *BENCHMARKS}
     | {"status", "ranks"},
     {"weights", "adapters"},
     {"policy"},
@@ -30,9 +32,11 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 WITHIN = {
     ("objectives.spg", "estimators"),
     ("models.llada", "models.network"),
-    ("tasks.sudoku", "tasks.base"),
     ("sweeps", "config"),
 }
+# what tasks are made of, each after those it may use
+WITHIN |= set(combinations(reversed(["cage", "tasks.base", *TASK_PARTS]), 2))
+WITHIN |= {(task, part) for task in BENCHMARKS for part in ["cage", "tasks.base", *TASK_PARTS]}
 # help is shown, and torch imported, only when the command line has been checked
 LATE = {("config", "usage"), ("runs", "training")}
 

@@ -56,7 +56,7 @@ class Task(Protocol):
     def example_of(self, record: Mapping[str, Any]) -> Example:
         """Return the example that a line of saved generations tells of; raises InputError where it does not.
 
-        Our own lines hold it under `example`; those of the authors' format have `question` and `ground_truth`.
+        Our own lines hold it under `example`; those in the authors' format, `question` and `ground_truth`.
         """
         ...
 

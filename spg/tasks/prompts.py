@@ -48,7 +48,8 @@ class PromptFile:
                 raise InputError(f"task.prompt_file={path} is no JSON: {error}") from error
         if not _is_chat(messages):
             raise InputError(
-                f"task.prompt_file={path}: expected a list of objects with role ({', '.join(ROLES)}) and content"
+                f"task.prompt_file={path}: expected a list of objects with role "
+                f"({', '.join(ROLES)}) and content"
             )
         if not any(f"{{{column}}}" in message["content"] for message in messages for column in columns):
             raise InputError(

@@ -48,8 +48,8 @@ def _file(path: Path, split: str, option: str) -> Path:
     found = sorted(f for f in path.iterdir() if f.stem == split and f.suffix in READERS)
     if len(found) != 1:
         raise InputError(
-            f"{option}={path}: the folder has {len(found) or 'no'} files named {split} with one of the endings "
-            f"{', '.join(READERS)}; exactly one is needed, or give the file itself"
+            f"{option}={path}: the folder has {len(found) or 'no'} files named {split} with one of the "
+            f"endings {', '.join(READERS)}; exactly one is needed, or give the file itself"
         )
     return found[0]
 
