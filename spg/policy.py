@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from spg.adapters import LoRA, add_adapter, load_adapter, save_adapter
 from spg.models.network import Network
 from spg.tasks.base import Chat, Example, Template
 from spg.types import Prompts
+
+# what `propose` can tell of a choice beside the token: how sure the policy is, and by how much it won
+Measure = Literal["probability", "margin", "negative_entropy", "lead"]
 
 
 class Policy(nn.Module):
@@ -206,14 +209,18 @@ class Policy(nn.Module):
         window: slice,
         temperature: float,
         noise: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Choose a token for every position of a window, with the policy's confidence in it.
+        measures: Sequence[Measure] = ("probability",),
+    ) -> tuple[Tensor, ...]:
+        """Choose a token for every position of a window, and measure how clear each choice is.
 
         tokens [N L]; mask [N L] or None; the window has W of the L positions. At temperature 0 the
         likeliest token; above it a draw from softmax(logits / temperature) by inverse CDF in
         float64, from noise [N W] uniform on [0, 1). [MASK], padding (unless it is EOS) and rows of the
-        head that belong to no token are never chosen. Returns ids [N W] and
-        their probability at temperature 1, without noise, [N W].
+        head that belong to no token are never chosen. Returns ids [N W] and each of `measures` [N W],
+        in float32, at temperature 1 and without noise: `probability` of the chosen token; `margin`, by
+        which the likeliest token's probability exceeds the next one's; `negative_entropy` of the
+        distribution, in nats; `lead`, the same two tokens' distance in logits, which is that in
+        log-probabilities.
         """
         # equal rows, as the completions of one prompt are at first, are computed once
         rows = tokens if mask is None else 2 * tokens + mask
@@ -226,7 +233,8 @@ class Policy(nn.Module):
         at[:, window] = True
         logits = self.network.logits(self.network.hidden(tokens, mask, at)).float()
         logits = logits.view(len(tokens), -1, logits.shape[-1])
-        allowed = logits.masked_fill(self._never_chosen(logits.shape[-1], logits.device), -torch.inf)
+        never = self._never_chosen(logits.shape[-1], logits.device)
+        allowed = logits.masked_fill(never, -torch.inf)
         if temperature == 0 or noise is None:
             ids = allowed.argmax(-1)[which]
         else:
@@ -234,7 +242,20 @@ class Policy(nn.Module):
             threshold = noise.double().unsqueeze(-1) * cumulative[..., -1:]
             ids = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
             ids = ids.clamp_max(logits.shape[-1] - 1)
-        return ids, logits.softmax(-1)[which].gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+        def measured(name: Measure) -> Tensor:
+            if name == "lead":
+                return _ahead(allowed)[which]
+            # over the whole head, as released: what is never chosen takes its share of the probability
+            probabilities = logits.softmax(-1)
+            if name == "probability":
+                return probabilities[which].gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+            if name == "margin":
+                return _ahead(probabilities.masked_fill(never, 0.0))[which]
+            # `entr` is 0 at 0, where p log p has no value
+            return -torch.special.entr(probabilities).sum(-1)[which]
+
+        return ids, *map(measured, measures)
 
     def _never_chosen(self, rows: int, device: torch.device) -> Tensor:
         if self._never is not None and self._never.device == device:
@@ -245,3 +266,9 @@ class Policy(nn.Module):
             never[self.pad_id] = True
         self._never = never
         return never
+
+
+def _ahead(values: Tensor) -> Tensor:
+    """Return by how much the largest of `values` [... V] exceeds the second largest [...]."""
+    largest = values.topk(2, dim=-1).values
+    return largest[..., 0] - largest[..., 1]

@@ -100,6 +100,7 @@ def as_rollout(policy: Policy, task: Task, examples: list[Example], gen_length: 
         group=prompts.group,
         index=prompts.index,
         commit_step=torch.full_like(completion, -1),
+        near_ties=torch.zeros_like(prompts.index),
         texts=tuple(texts),
         examples=tuple(examples),
     )
@@ -110,7 +111,7 @@ def combination(cfg: DictConfig) -> dict[str, Any]:
     # base weights are made on generated examples, whatever file or reward the run itself uses
     left_out = {
         "model": ["weights", "lora"],
-        "task": ["reward", "eval_size", "path"],
+        "task": ["reward", "eval_size", "path", "train_path", "parser", "prompt_file"],
         "pretrain": [],
     }
     kept: dict[str, Any] = {"gen_length": cfg.gen_length, "version": VERSION}
@@ -124,8 +125,9 @@ def combination(cfg: DictConfig) -> dict[str, Any]:
 def file_name(cfg: DictConfig) -> str:
     """Return the file name of a combination's base weights."""
     text = json.dumps(combination(cfg), sort_keys=True)
-    task = cfg.task._target_.rpartition(".")[2].lower()
-    return f"base-{task}-{cfg.task.format}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.safetensors"
+    parts = [cfg.task._target_.rpartition(".")[2].lower(), cfg.task.get("format")]
+    name = "-".join(part for part in parts if part is not None)
+    return f"base-{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.safetensors"
 
 
 def cache_dir() -> Path:
@@ -173,7 +175,7 @@ def pretrain(cfg: DictConfig, folder: Path) -> Path:
     network = build(cfg.model.network, seed=numbers.seed)
     policy = Policy(network, build(cfg.model.tokenizer))
     module = Pretraining(policy, task, cfg.gen_length, numbers.steps, numbers.lr, numbers.seed)
-    stream = PromptStream(task.examples("train"), numbers.batch_size, numbers.steps, numbers.seed)
+    stream = PromptStream(task.demonstrations(), numbers.batch_size, numbers.steps, numbers.seed)
     trainer = pl.Trainer(
         accelerator=cfg.trainer.accelerator if "trainer" in cfg else cfg.accelerator,
         devices=1,

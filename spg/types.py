@@ -59,6 +59,7 @@ class Rollout(_Rows):
     group: Tensor  # [B] number of the prompt that the sequence belongs to, over all processes
     index: Tensor  # [B] number of the sequence, over all processes; its random draws derive from it
     commit_step: Tensor  # [B T] decoding step that fixed the token, -1 where none did
+    near_ties: Tensor  # [B] greedy decisions that rounding could turn; 0 where they were not counted
     texts: tuple[str, ...]  # the completions, up to their EOS
     examples: tuple[Mapping[str, Any], ...]  # the task's items, one a sequence
 

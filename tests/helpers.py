@@ -68,6 +68,7 @@ def rollout_of(
         group=torch.zeros(b, dtype=torch.long) if group is None else group,
         index=torch.arange(b),
         commit_step=torch.zeros(b, t, dtype=torch.long),
+        near_ties=torch.zeros(b, dtype=torch.long),
         texts=("",) * b,
         examples=({},) * b,
     )

@@ -8,10 +8,12 @@ import re
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from spg.errors import InputError
 from spg.tasks import sudoku
 from spg.tasks.sudoku import FEW_SHOT, HELD_OUT, PEERS, UNITS, Sudoku, all_grids, make_puzzles
 from tests.helpers import GOLDEN, real_data
@@ -167,35 +169,101 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         Sudoku(path=str(tmp_path / "other.csv"))
 
 
-def test_cells_is_the_published_reward() -> None:
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def test_released_is_the_published_reward() -> None:
     """In every case: too short or long, clues broken, tags missing, nested or twice, odd digits."""
-    task = Sudoku(prompt_style="instruct", format="completion")
-    cases = [json.loads(line) for line in (GOLDEN / "awkward_sudoku.jsonl").read_text().splitlines()]
+    task = Sudoku(reward="released", prompt_style="instruct", format="completion")
+    cases = lines(GOLDEN / "awkward_sudoku.jsonl")
     assert len(cases) > 20
     for case in cases:
         example = {"puzzle": case["puzzle"], "solution": case["solution"]}
         reward = task.reward(example, case["completion"])
         assert reward == {"cells": pytest.approx(case["out"]["sudoku_reward_func"])}, case["name"]
-        assert task.answer(case["completion"]) == (case["out"]["extracted"] or ""), case["name"]
+        assert task.answer(example, case["completion"]) == (case["out"]["extracted"] or None), case["name"]
+
+
+def test_released_reads_the_last_pair_of_tags() -> None:
+    task = Sudoku(reward="released", prompt_style="instruct", format="completion")
+    solution = EXAMPLE["solution"]
+    for text in (
+        f"<answer>{solution[:4]}<answer>{solution[4:]}</answer>",
+        f"<answer>{solution}</answer>2</answer>",
+        f"<answer>2</answer><answer>{solution}</answer><answer>3",
+    ):
+        assert task.reward(EXAMPLE, text) == {"cells": 1.0}
 
 
 @pytest.mark.parametrize("length", [128, 256])
-def test_cells_is_the_published_reward_on_real_generations(length: int) -> None:
-    goldens = real_data("sudoku/spg_test.csv").parents[2] / "goldens"
-    files = (goldens / "eval" / f"sudoku_{length}.jsonl", goldens / "rewards" / "real_sudoku.jsonl")
-    for file in files:
-        if not file.exists():
-            pytest.skip(f"{file.name} is not at hand; set SPG_SHARED to the folder above goldens/")
-    generations, rewards = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+def test_released_is_the_published_reward_on_real_generations(length: int) -> None:
+    generations = lines(real_data(f"../goldens/eval/sudoku_{length}.jsonl"))
+    rewards = lines(real_data("../goldens/rewards/real_sudoku.jsonl"))
     texts = {(row["shard"], row["index"]): row["generation"] for row in generations}
     rows = [row for row in rewards if row["gen_length"] == length]
     assert len(rows) == 256
-    task = Sudoku(prompt_style="instruct", format="completion")
+    task = Sudoku(reward="released", prompt_style="instruct", format="completion")
     for row in rows:
-        text = texts[row["shard"], row["index"]]
+        raw = texts[row["shard"], row["index"]]
+        stripped = re.sub(r"<\|[A-Za-z0-9_]+\|>", "", raw)
+        prefixed = f"<reasoning>{stripped}"
+        unboxed = re.sub(r"\\boxed\{([^{}]*)\}", r"\1", prefixed)
         puzzle, solution = row["reward_args"]
-        reward = task.reward({"puzzle": puzzle, "solution": solution}, text)["cells"]
-        assert reward == pytest.approx(row["raw"]["sudoku_reward_func"])
+        readings = {"raw": raw, "stripped": stripped, "prefixed": prefixed, "unboxed": unboxed}
+        for reading, text in readings.items():
+            reward = task.reward({"puzzle": puzzle, "solution": solution}, text)
+            assert reward == {"cells": pytest.approx(row[reading]["sudoku_reward_func"])}
+
+
+@pytest.mark.parametrize("parser", ["d1", "spg"])
+@pytest.mark.parametrize(("length", "right", "solved"), [(128, 240, 1), (256, 137, 0)])
+def test_published_parsers_on_real_generations(parser: str, length: int, right: int, solved: int) -> None:
+    task = Sudoku(parser=parser, format="completion")
+    rows = lines(real_data(f"../goldens/eval/sudoku_{length}.jsonl"))
+    cells = grids = 0.0
+    for row in rows:
+        example = task.example_of(row)
+        assert (task.answer(example, row["generation"]) or "") == row[f"{parser}_parsed"]
+        measured = task.measure(example, row["generation"])
+        assert measured["accuracy"] == pytest.approx(row[f"{parser}_accuracy"])
+        cells += measured["accuracy"] * example["puzzle"].count("0")
+        grids += measured["solved"]
+    assert (round(cells), grids) == (right, solved)
+
+
+GRID = "1234341221434321"
+
+
+@pytest.mark.parametrize(
+    ("text", "grid"),
+    [
+        (f"<answer>x ``` 1 2\n34 ``` {GRID}</answer>", "1234" + "0" * 12),
+        (f"<answer> {GRID}<|eot_id|>", GRID),
+        (f"<answer>{GRID}\n</answer>2", GRID),
+        (f"<answer> </answer> {GRID}<|endoftext|>5", GRID),
+        (f"<answer>{GRID}", GRID),
+        (f"{GRID}9 is it, or {GRID}", GRID),
+        (f"{GRID}9</answer>", GRID[1:] + "9"),
+        (f"x{GRID} </answer>", GRID),
+        ("<answer>No idea, really not</answer>", "Noidea,reallynot"),
+        ("123412341234", None),
+        ("", None),
+    ],
+)
+def test_published_parsers(text: str, grid: str | None) -> None:
+    for parser in ("d1", "spg"):
+        assert Sudoku(parser=parser).answer(EXAMPLE, text) == grid
+
+
+def test_examples_of_saved_lines() -> None:
+    task = Sudoku()
+    assert task.example_of({"example": EXAMPLE, "question": "?"}) == EXAMPLE
+    for question in (EXAMPLE["puzzle"], f"Solve the following Sudoku puzzle: {EXAMPLE['puzzle']}\n"):
+        assert task.example_of({"question": question, "ground_truth": EXAMPLE["solution"]}) == EXAMPLE
+    for record in ({}, {"question": "?", "ground_truth": GRID}, {"example": {"puzzle": GRID}}):
+        with pytest.raises(InputError, match="a saved completion of sudoku needs `example`"):
+            task.example_of(record)
 
 
 EXAMPLE = {"puzzle": "0234341221434321", "solution": "1234341221434321"}
@@ -238,10 +306,18 @@ def test_rules_counts_the_cells_that_break_none() -> None:
     assert task.reward({"puzzle": "0" * 16, "solution": solution}, "1" * 16) == {"rules": 0.0}
 
 
-def test_cells_is_blind_to_clues_and_rules_is_not() -> None:
+def test_released_is_blind_to_clues_and_the_others_are_not() -> None:
     completion = "1" * 16
-    assert Sudoku(reward="cells", format="completion").reward(EXAMPLE, completion) == {"cells": 1.0}
+    assert Sudoku(reward="released", format="completion").reward(EXAMPLE, completion) == {"cells": 1.0}
+    assert Sudoku(reward="intended", format="completion").reward(EXAMPLE, completion) == {"cells": 0.0}
     assert Sudoku(reward="rules", format="completion").reward(EXAMPLE, completion) == {"rules": 0.0}
+
+
+def test_intended_pays_for_what_was_reached() -> None:
+    """A completion that is cut off has changed no clue that it did not get to."""
+    task = Sudoku(format="completion")
+    assert task.reward(EXAMPLE, EXAMPLE["solution"][:3]) == {"cells": 1.0}
+    assert task.reward(EXAMPLE, "11") == {"cells": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -255,7 +331,7 @@ def test_cells_is_blind_to_clues_and_rules_is_not() -> None:
         ("", 0.0, 0.0, 0.0),
     ],
 )
-@pytest.mark.parametrize("reward", ["cells", "rules"])
+@pytest.mark.parametrize("reward", ["intended", "released", "rules"])
 def test_measures(completion: str, accuracy: float, solved: float, intact: float, reward: str) -> None:
     """Of two empty cells, the first and the last but one; whatever the reward."""
     example = {"puzzle": "0234341221434301", "solution": EXAMPLE["solution"]}
@@ -273,7 +349,7 @@ def test_template_is_the_target_with_holes() -> None:
         target = task.target(example)
         assert text.count("?") == example["puzzle"].count("0")
         assert all(a in ("?", b) for a, b in zip(text, target, strict=True))
-        assert task.answer(target) == example["solution"]
+        assert task.answer(example, target) == example["solution"]
         digits = [part for part in template if part == 1 or str(part) in "1234"]
         assert ["0" if part == 1 else part for part in digits] == list(example["puzzle"])
     whole = Sudoku(format="completion")
@@ -284,11 +360,11 @@ def test_template_is_the_target_with_holes() -> None:
 
 @pytest.mark.parametrize("style", ["bare", "instruct"])
 @pytest.mark.parametrize("format", ["template", "completion"])
-@pytest.mark.parametrize("reward", ["cells", "rules"])
+@pytest.mark.parametrize("reward", ["intended", "released", "rules"])
 def test_the_target_earns_everything(style: str, format: str, reward: str) -> None:
     task = Sudoku(format=format, prompt_style=style, reward=reward, eval_size=20)
     for example in task.examples("validation"):
-        assert task.reward(example, task.target(example)) == {reward: 1.0}
+        assert task.reward(example, task.target(example)) == {"rules" if reward == "rules" else "cells": 1.0}
         assert set(task.measure(example, task.target(example)).values()) == {1.0}
 
 
@@ -319,8 +395,10 @@ def test_peers_are_seven_others() -> None:
 def test_limits() -> None:
     with pytest.raises(ValueError, match=r"min_empty=9 is above max_empty=5"):
         Sudoku(min_empty=9, max_empty=5)
-    with pytest.raises(ValueError, match=r"reward='luck' is out of range; allowed: one of: cells, rules"):
+    with pytest.raises(ValueError, match=r"task\.reward=luck is not one of .*: intended, released, rules"):
         Sudoku(reward="luck")
+    with pytest.raises(InputError, match=r"task\.parser=math_verify is not one of .*: exact, d1, spg"):
+        Sudoku(parser="math_verify")
     with pytest.raises(ValueError, match=r"shots=4 is out of range; allowed: a whole number from 0 to 3"):
         Sudoku(shots=4)
     with pytest.raises(
@@ -331,6 +409,15 @@ def test_limits() -> None:
         ValueError, match=r"split='dev' is unknown; allowed: train, validation, test, heldout"
     ):
         Sudoku().examples("dev")
+
+
+def test_prompt_file(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("Do {puzzle}")
+    task = Sudoku(prompt_style="instruct", prompt_file=str(path))
+    assert task.prompt(EXAMPLE) == [{"role": "user", "content": f"Do {EXAMPLE['puzzle']}"}]
+    with pytest.raises(InputError, match=r"set task\.prompt_style=instruct"):
+        Sudoku(prompt_file=str(path))
 
 
 @pytest.mark.parametrize("wrong", ["+", "<answer>", "\n"])

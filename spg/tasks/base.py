@@ -37,8 +37,12 @@ class Task(Protocol):
         """Return the completion with holes that the model fills in, or None for a free completion."""
         ...
 
+    def demonstrations(self) -> Sequence[Example]:
+        """Return the examples whose `target` supervised pretraining learns; mostly those of `train`."""
+        ...
+
     def target(self, example: Example) -> str:
-        """Return a right completion for supervised pretraining."""
+        """Return the completion that an example demonstrates, mostly a right one."""
         ...
 
     def reward(self, example: Example, completion: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Sudoku 4x4: grids, puzzles with one solution, the paper's split by solution, two rewards.
+"""Sudoku 4x4: grids, puzzles with one solution, the paper's split by solution, rewards, parsers.
 
 A grid is a text of 16 digits, row by row; 0 is an empty cell. Cells are numbered 0 to 15, and a set
 of cells is a 16-bit mask with bit i for cell i.
@@ -8,17 +8,31 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from spg.errors import InputError
 from spg.limits import check_limits
 from spg.tasks.base import SPLITS, Chat, Example, Template
+from spg.tasks.prompts import PromptFile
+from spg.tasks.tags import CLOSE, OPEN, last_answer
 
 CELLS = 16
 TAG = re.compile(r"</?(?:answer|reasoning)>")
+REWARDS = ("intended", "released", "rules")
+PARSERS = ("exact", "d1", "spg")
+
+# where the authors' evaluations look for a grid; each pattern is searched in time linear in the text
+END = re.compile(r"<\|eot_id\|>|<\|endoftext\|>")
+FENCED = re.compile(r"```([\d\s]++)```")
+CLOSED = re.compile(r"(\d{16})\s*+</answer>")
+ALONE = re.compile(r"\b(\d{16})\b")
+PUZZLE = re.compile(r"[0-9]{16}")
+QUESTION = re.compile(r"Sudoku puzzle: ([0-9]{16})")
 
 # The 88 solutions of the paper's test puzzles; the other 200 grids are for training.
 HELD_OUT = tuple(  # one text is shorter to read than 88
@@ -187,24 +201,30 @@ class Sudoku:
     format: `template` gives the grid with its clues in place, four lines with a space between the
     boxes (24 tokens where each character is one), and only empty cells are decoded; `completion`
     asks for all 16 digits after the puzzle, as in the paper.
-    reward: `cells` is the fraction of empty cells filled as in the solution (as published, blind to
-    overwritten clues); `rules` is 0 if a clue was changed or the grid is not 16 digits, else the
-    fraction of empty cells whose digit is in range and unlike every other in its row, column and
-    box: 1 for any valid completion.
+    reward: `intended` is the fraction of empty cells filled as in the solution, 0 if a clue was
+    changed; `released` is the published one, blind to changed clues; `rules` is 0 if a clue was
+    changed or the grid is not 16 digits, else the fraction of empty cells whose digit is in range
+    and unlike every other in its row, column and box: 1 for any valid completion.
+    parser: `exact` reads a completion in the form that was asked for; `d1` and `spg`, which are one,
+    look for a grid as these projects' evaluations do.
     prompt_style: `bare` shows the puzzle alone, for models trained on this task; `instruct` is a chat
-    with the rules, `shots` worked examples and the answer tags, for instruction-tuned models.
+    with the rules, `shots` worked examples and the answer tags, for instruction-tuned models, whose
+    text prompt_file may replace.
     path: CSV with the columns Puzzle,Solution. Its rows go to the split of their solution; a split
     that it has no rows for is generated. min_empty, max_empty, train_size, eval_size and data_seed
     shape the generated puzzles. Raises ValueError for values out of range.
     """
 
     name = "sudoku"
+    workers = 1
 
     def __init__(
         self,
         format: str = "template",
-        reward: str = "cells",
+        reward: str = "intended",
+        parser: str = "exact",
         prompt_style: str = "bare",
+        prompt_file: str | None = None,
         shots: int = 0,
         path: str | None = None,
         min_empty: int = 4,
@@ -213,14 +233,23 @@ class Sudoku:
         eval_size: int = 256,
         data_seed: int = 0,
     ) -> None:
-        check_limits(format=format, reward=reward, prompt_style=prompt_style, shots=shots)
+        check_limits(format=format, prompt_style=prompt_style, shots=shots)
         check_limits(min_empty=min_empty, max_empty=max_empty)
         check_limits(train_size=train_size, eval_size=eval_size, data_seed=data_seed)
         if min_empty > max_empty:
             raise ValueError(f"min_empty={min_empty} is above max_empty={max_empty}")
+        for option, value, allowed in (("reward", reward, REWARDS), ("parser", parser, PARSERS)):
+            if value not in allowed:
+                raise InputError(f"task.{option}={value} is not one of those of sudoku: {', '.join(allowed)}")
+        if prompt_file is not None and prompt_style != "instruct":
+            raise InputError(
+                "task.prompt_file holds chats; set task.prompt_style=instruct with it, or leave it out"
+            )
         self.format = format
         self.reward_name = reward
+        self.parser = parser
         self.prompt_style = prompt_style
+        self.prompts = None if prompt_file is None else PromptFile(prompt_file, ("puzzle",))
         self.shots = shots
         self.empty = (min_empty, max_empty)
         self.sizes = {"train": train_size, "validation": eval_size, "test": eval_size}
@@ -232,7 +261,7 @@ class Sudoku:
         if split == "heldout":
             return [*self.examples("validation"), *self.examples("test")]
         if split not in SPLITS:
-            raise ValueError(f"split={split!r} is unknown; allowed: {', '.join(SPLITS)}, heldout")
+            raise InputError(f"split={split!r} is unknown; allowed: {', '.join(SPLITS)}")
         if split not in self._examples:
             self._examples[split] = self._load(split)
         return self._examples[split]
@@ -246,9 +275,14 @@ class Sudoku:
         return make_puzzles(solutions_of(split), self.sizes[split], *self.empty, seed)
 
     def prompt(self, example: Example) -> str | Chat:
+        if self.prompts is not None:
+            return self.prompts(example)
         if self.prompt_style == "instruct":
             return instruct_prompt(example["puzzle"], self.shots)
         return "<answer>" if self.format == "template" else example["puzzle"] + "<answer>"
+
+    def demonstrations(self) -> Sequence[Example]:
+        return self.examples("train")
 
     def template(self, example: Example) -> Template | None:
         if self.format == "completion":
@@ -267,20 +301,31 @@ class Sudoku:
         return f"<answer>\n{grid}</answer>" if self.prompt_style == "instruct" else grid
 
     def reward(self, example: Example, completion: str) -> dict[str, float]:
-        score = cells if self.reward_name == "cells" else rules
-        return {self.reward_name: score(example, self.answer(completion))}
+        if self.reward_name == "released":
+            return {"cells": cells(example, self._released_answer(completion))}
+        answer = self._exact_answer(completion)
+        if self.reward_name == "rules":
+            return {"rules": rules(example, answer)}
+        # a template gives the clues: there, only a text that is shifted could seem to change one
+        kept = self.format == "template" or clues_intact(example, answer)
+        return {"cells": cells(example, answer) if kept else 0.0}
 
     def measure(self, example: Example, completion: str) -> dict[str, float]:
         """Return accuracy (fraction of empty cells right), solved and clues intact (0 or 1 each)."""
-        answer = self.answer(completion)
-        intact = all(p in ("0", a) for p, a in zip(example["puzzle"], answer.ljust(CELLS), strict=False))
+        answer = self._read(completion)
         return {
             "accuracy": cells(example, answer),
             "solved": float(answer == example["solution"]),
-            "clues_intact": float(intact),
+            "clues_intact": float(clues_intact(example, answer.ljust(CELLS))),
         }
 
-    def answer(self, completion: str) -> str:
+    def answer(self, example: Example, completion: str) -> str | None:
+        return self._read(completion) or None
+
+    def _read(self, completion: str) -> str:
+        return self._exact_answer(completion) if self.parser == "exact" else published_grid(completion)
+
+    def _exact_answer(self, completion: str) -> str:
         """Return the 16 cells that a completion answers with.
 
         Instructed models answer between the last answer tags; from them and from a free completion
@@ -288,14 +333,66 @@ class Sudoku:
         holds no digit, and the others stay in place.
         """
         if self.prompt_style == "instruct":
-            head, _, _ = completion.rpartition("</answer>")
-            completion = head.rpartition("<answer>")[2] if "<answer>" in head else ""
+            head, _, _ = completion.rpartition(CLOSE)
+            completion = head.rpartition(OPEN)[2] if OPEN in head else ""
         elif self.format == "template":
             characters = TAG.sub("?", completion)
             places = (6 * (cell // 4) + cell % 4 + (cell % 4 > 1) for cell in range(CELLS))
             found = [characters[p : p + 1] for p in places]
             return "".join(c if c.isdigit() else "?" for c in found if c)
-        return "".join(c for c in completion if c.isdigit())
+        return _digits(completion)
+
+    def _released_answer(self, completion: str) -> str:
+        """Return the digits between the last pair of tags, as the authors' reward reads them."""
+        if self.prompt_style == "instruct":
+            return _digits(last_answer(completion) or "")
+        return self._exact_answer(completion)
+
+    def example_of(self, record: Mapping[str, Any]) -> Example:
+        row = record.get("example")
+        if row is None:
+            question = str(record.get("question", ""))
+            found = QUESTION.search(question)
+            puzzle = found[1] if found and not PUZZLE.match(question) else question[:CELLS]
+            row = {"puzzle": puzzle, "solution": record.get("ground_truth")}
+        if not isinstance(row, Mapping) or not all(
+            isinstance(row.get(grid), str) and PUZZLE.fullmatch(row[grid]) for grid in ("puzzle", "solution")
+        ):
+            raise InputError(
+                "a saved completion of sudoku needs `example` {puzzle, solution}, or `question` with the "
+                f"puzzle and `ground_truth`, in 16 digits each; the line has {', '.join(map(str, record))}"
+            )
+        return {"puzzle": row["puzzle"], "solution": row["solution"]}
+
+
+def _digits(text: str) -> str:
+    return "".join(c for c in text if c.isdigit())
+
+
+def published_grid(completion: str) -> str:
+    """Return the 16 characters that the evaluations of d1 and SPG take for the grid, "" where they find none.
+
+    Looked for in turn: digits in a code block behind an opening answer tag; what stands in the first tags;
+    behind them; 16 digits before a closing tag; 16 digits alone.
+    """
+    _, opened, inside = completion.partition(OPEN)
+    _, closed, behind = completion.partition(CLOSE)
+    fenced = FENCED.search(inside)
+    # an end of text ends an answer as a tag does
+    ended = opened and (CLOSE in inside or END.search(inside))
+    found = (
+        fenced[1] if fenced else "",
+        END.split(inside.partition(CLOSE)[0], maxsplit=1)[0] if ended else "",
+        END.split(behind, maxsplit=1)[0] if closed else "",
+        *(match[1] for pattern in (CLOSED, ALONE) if (match := pattern.search(completion))),
+    )
+    grid = "".join(next((text for text in found if text.strip()), "").split())
+    return grid[:CELLS].ljust(CELLS, "0") if grid else ""
+
+
+def clues_intact(example: Example, answer: str) -> bool:
+    """Return whether none of the clues that an answer, which may be cut off, gets to is changed."""
+    return all(p in ("0", a) for p, a in zip(example["puzzle"], answer, strict=False))
 
 
 def cells(example: Example, answer: str) -> float:

@@ -1,0 +1,155 @@
+"""What tasks of published questions, each with one answer, share: data, prompts, the robust parser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spg.errors import InputError
+from spg.limits import check_limits
+from spg.tasks.base import SPLITS, Chat, Example, Template, halves
+from spg.tasks.latex import box_content, is_equiv
+from spg.tasks.prompts import PromptFile, instruct
+from spg.tasks.rows import READERS, Published, load
+from spg.tasks.tags import CLOSE, OPEN
+from spg.tasks.verify import verify
+
+REWARDS = ("intended", "released")
+PARSERS = ("math_verify", "d1", "spg")
+# what a tokenizer may leave in a text at the completion's end
+ENDS = ("<|eot_id|>", "<|endoftext|>")
+
+
+class Questions:
+    """Questions in words, answered freely; a subclass names the data and owns rewards and correctness.
+
+    reward: `intended`, or `released`, which is the authors' number for number. parser: `math_verify`, or `d1`
+    or `spg`, the rules of these projects' evaluations. path: file or folder with held-out rows, train_path:
+    with training rows (a folder at `path` may hold both); without, the published data from the hub.
+    prompt_file: prompts of another code base. shots: worked examples in a prompt. Raises ValueError for
+    values out of range.
+    """
+
+    name: str
+    train: Published
+    heldout: Published
+    column: str  # what the data set calls a question
+    instruction: str
+    worked: tuple[tuple[str, str], ...]  # questions and completions of our own
+    workers = 1
+
+    def __init__(
+        self,
+        reward: str = "intended",
+        parser: str = "math_verify",
+        path: str | None = None,
+        train_path: str | None = None,
+        prompt_file: str | None = None,
+        shots: int = 0,
+    ) -> None:
+        check_limits(shots=shots)
+        for option, value, allowed in (("reward", reward, REWARDS), ("parser", parser, PARSERS)):
+            if value not in allowed:
+                raise InputError(
+                    f"task.{option}={value} is not one of those of {self.name}: {', '.join(allowed)}"
+                )
+        self.reward_name = reward
+        self.parser = parser
+        self.path = path
+        self.train_path = train_path
+        self.shots = shots
+        self.prompts = None if prompt_file is None else PromptFile(prompt_file, (self.column,))
+        self._rows: dict[str, Sequence[Example]] = {}
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """Return the examples of `split`; the two halves of the held-out rows are validation and test."""
+        if split not in SPLITS:
+            raise InputError(f"split={split!r} is unknown; allowed: {', '.join(SPLITS)}")
+        source = "train" if split == "train" else "heldout"
+        if source not in self._rows:
+            self._rows[source] = self._load(source)
+        return self._rows[source] if split == "train" else halves(self._rows[source], split)
+
+    def _load(self, source: str) -> Sequence[Example]:
+        if source == "heldout":
+            rows = load(self.heldout, self.path, "task.path")
+        else:
+            path = self.train_path
+            if path is None and self.path is not None and _has_file(Path(self.path), self.train.split):
+                path = self.path
+            rows = load(self.train, path, "task.train_path")
+        return [self.example(row, f"{self.name}, {source}, row {n}") for n, row in enumerate(rows, start=1)]
+
+    def example(self, row: Mapping[str, Any], where: str) -> Example:
+        """Return the example that a row is; raises InputError, naming `where`, if it has no answer."""
+        raise NotImplementedError
+
+    def prompt(self, example: Example) -> str | Chat:
+        """Return the chat of `prompt_file`, or one that asks for the answer in a box between answer tags."""
+        if self.prompts is not None:
+            return self.prompts(example)
+        what = r"only the final answer, in \boxed{}"
+        return instruct(self.instruction, what, example[self.column], self.worked[: self.shots])
+
+    def demonstrations(self) -> Sequence[Example]:
+        return self.examples("train")
+
+    def template(self, example: Example) -> Template | None:
+        """Return None: completions are free."""
+        return None
+
+    def example_of(self, record: Mapping[str, Any]) -> Example:
+        """Return the example that a line of saved generations tells of; raises InputError without one."""
+        where = f"a saved completion of {self.name}"
+        row = record.get("example")
+        if row is None and isinstance(record.get("question"), str) and "ground_truth" in record:
+            truth = record["ground_truth"]
+            # numbers of whole value are written as the data set writes them
+            whole = isinstance(truth, float) and truth.is_integer()
+            answer = None if truth is None else str(int(truth) if whole else truth)
+            row = {self.column: record["question"], "answer": answer}
+        if isinstance(row, Mapping) and isinstance(row.get(self.column), str):
+            # two of d1's lines know no answer; they count, and nothing is right
+            return row if row.get("answer", "") is None else self.example(row, where)
+        raise InputError(
+            f"{where} needs `example` with `{self.column}`, or `question` and `ground_truth`; "
+            f"the line has {', '.join(map(str, record))}"
+        )
+
+
+def _has_file(folder: Path, split: str) -> bool:
+    return folder.is_dir() and any(f.stem == split and f.suffix in READERS for f in folder.iterdir())
+
+
+def completed(reasoning: str, answer: str) -> str:
+    """Return a completion in the published form."""
+    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n\\boxed{{{answer}}}\n</answer>\n"
+
+
+def final_answer(completion: str) -> str | None:
+    r"""Return the answer that a completion ends in, whatever its form; None where it gives none.
+
+    That is what follows the last opening answer tag, its last box if there is one, even a spoilt one as
+    "\boxed{36>"; without such a tag or with nothing behind it, the last \boxed{...} of the text.
+    """
+    _, opened, inside = completion.rpartition(OPEN)
+    for end in (CLOSE, *ENDS):
+        inside = inside.partition(end)[0]
+    inside = inside.strip() if opened else ""
+    return box_content(inside) or _unboxed(inside) or box_content(completion) or None
+
+
+def _unboxed(text: str) -> str:
+    """Return a text without a box that does not close, or that has lost its backslash."""
+    _, spoilt, content = text.rpartition("boxed{")
+    if spoilt:
+        content = content.rstrip("> ")
+        if content.count("}") > content.count("{"):
+            content = content.rpartition("}")[0]
+    return content.strip()
+
+
+def equal(gold: str, answer: str) -> bool:
+    """Return whether two answers are the same as text or by math-verify; False where that takes too long."""
+    return is_equiv(gold, answer) or verify(gold, answer)
