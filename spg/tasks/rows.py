@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ log = logging.getLogger(__name__)
 
 # file name extension: what `datasets` calls its reader
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+PACKED = ".gz"
 # seconds to wait for the hub's first answer, before looking for a cached copy
 PATIENCE = 5.0
 
@@ -45,7 +47,8 @@ def _file(path: Path, split: str, option: str) -> Path:
         return path
     if not path.is_dir():
         raise InputError(f"{option}={path} is neither a file nor a folder; give one of {', '.join(READERS)}")
-    found = sorted(f for f in path.iterdir() if f.stem == split and f.suffix in READERS)
+    endings = [reader + packed for reader in READERS for packed in ("", PACKED)]
+    found = sorted(f for f in path.iterdir() if f.name in [split + ending for ending in endings])
     if len(found) != 1:
         raise InputError(
             f"{option}={path}: the folder has {len(found) or 'no'} files named {split} with one of the "
@@ -54,29 +57,36 @@ def _file(path: Path, split: str, option: str) -> Path:
     return found[0]
 
 
+def _kind(path: Path) -> str:
+    """Return a file's ending, without that of its packing."""
+    return path.with_suffix("").suffix if path.suffix == PACKED else path.suffix
+
+
 def read(path: Path, columns: Sequence[str], option: str = "task.path") -> list[dict[str, Any]]:
     """Return the rows of a json, jsonl, csv or parquet file; raises InputError where it can't be used.
 
-    A CSV's cells stay text.
+    A CSV's cells stay text. All but parquet, which is packed in itself, may be packed by gzip (.gz).
     """
-    reader = READERS.get(path.suffix)
-    if reader is None:
+    kind = _kind(path)
+    reader = READERS.get(kind)
+    if reader is None or (reader == "parquet" and path.suffix == PACKED):
         raise InputError(
-            f"{option}={path}: {path.suffix or 'no ending'} is unknown; one of {', '.join(READERS)}"
+            f"{option}={path}: {path.suffix or 'no ending'} is unknown; one of {', '.join(READERS)}, "
+            f"the first four also with {PACKED} behind"
         )
     import pandas as pd
     from datasets import Dataset
 
     try:
         if reader == "csv":
-            separator = "\t" if path.suffix == ".tsv" else ","
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, sep=separator)
+            separator = "\t" if kind == ".tsv" else ","
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, sep=separator)  # unpacks by itself
             rows = Dataset.from_pandas(table, preserve_index=False).to_list()
         elif reader == "json":
             rows = _json_rows(path)
         else:
             rows = Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise InputError(f"{option}={path} can't be read: {_line(error)}") from error
     _check(rows, columns, f"{option}={path}")
     return rows
@@ -84,10 +94,12 @@ def read(path: Path, columns: Sequence[str], option: str = "task.path") -> list[
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
     """Read a list of objects, or an object a line, with the values as they are."""
+    import gzip
     import json
 
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json" and text.lstrip().startswith("["):
+    content = path.read_bytes()
+    text = (gzip.decompress(content) if path.suffix == PACKED else content).decode("utf-8")
+    if _kind(path) == ".json" and text.lstrip().startswith("["):
         rows = json.loads(text)
     else:
         rows = []

@@ -1,0 +1,44 @@
+"""MBPP: short programs from a sentence and the assertions that they must meet (Austin et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from spg.errors import InputError
+from spg.tasks.base import Example
+from spg.tasks.code import Coding, borrowed
+from spg.tasks.rows import Published
+
+COLUMNS = ("task_id", "text", "code", "test_list")
+
+
+class MBPP(Coding):
+    """MBPP's 500 test problems; see `Coding` for the settings.
+
+    The prompt shows the assertions, which alone say how the function is to be called.
+    """
+
+    name = "mbpp"
+    heldout = Published("google-research-datasets/mbpp", "test", COLUMNS, "full")
+
+    def example(self, row: Mapping[str, Any]) -> Example:
+        tests = row["test_list"]
+        if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
+            raise InputError(
+                f"mbpp, task_id {row['task_id']}: test_list must be a list of assertions, not {tests!r}; "
+                "give the rows as json, jsonl or parquet"
+            )
+        return {
+            "task_id": row["task_id"],
+            "question": f"{row['text']}\n\nThe program must meet:\n" + "\n".join(tests),
+            "solution": row["code"],
+            "test_list": tests,
+            "test_setup_code": row.get("test_setup_code") or "",
+        }
+
+    def tests(self, example: Example) -> list[str]:
+        if "test_list" not in example:
+            return super().tests(example)
+        texts = [f"{example['test_setup_code']}\n{test}\n" for test in example["test_list"]]
+        return [f"{borrowed(text, example['solution'])}\n{text}" for text in texts]
