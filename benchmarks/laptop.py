@@ -38,8 +38,11 @@ def in_tree(tree: Path, module: str, *arguments: str) -> None:
 def accuracy(tree: Path, weights: Path, folder: Path) -> dict[str, float]:
     """Return the measures of `weights` on the held-out puzzles, as the version in `tree` decodes them."""
     in_tree(tree, "evaluate", f"model.weights={weights}", "split=heldout", f"hydra.run.dir={folder}")
-    (measures,) = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["results"].values()
-    return measures
+    if (folder / "evaluation.json").is_file():  # of versions before 0.3.0
+        (means,) = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["results"].values()
+        return means
+    (found,) = json.loads((folder / "results.json").read_text(encoding="utf-8"))["results"].values()
+    return {name: measure["mean"] for name, measure in found["measures"].items()}
 
 
 def times(tree: Path, folder: Path, rollouts: int, threads: int) -> dict[str, list[float]]:

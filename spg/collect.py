@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spg import statistics
 from spg.advantages import Advantage
 from spg.decoding import Decoder
+from spg.generations import scored
 from spg.policy import Policy
 from spg.tasks.base import Example, Task
 from spg.types import Experience, Rollout
@@ -35,10 +37,26 @@ def rollout(
     group = torch.arange(first, first + len(examples)).repeat_interleave(group_size)
     index = torch.arange(first * group_size, (first + len(examples)) * group_size)
     repeated = [example for example in examples for _ in range(group_size)]
+    return complete(policy, decoder, task, repeated, group, index, seed)
+
+
+def complete(
+    policy: Policy,
+    decoder: Decoder,
+    task: Task,
+    examples: Sequence[Example],
+    group: Tensor,
+    index: Tensor,
+    seed: int,
+) -> Rollout:
+    """Decode one completion of each of B examples; group and index [B] as in `Prompts`.
+
+    A sequence's random draws derive from `seed` and its index.
+    """
     prompts = policy.prepare(
-        repeated,
-        [task.prompt(example) for example in repeated],
-        [task.template(example) for example in repeated],
+        examples,
+        [task.prompt(example) for example in examples],
+        [task.template(example) for example in examples],
         group,
         index,
         decoder.gen_length,
@@ -77,7 +95,7 @@ def collect(
     done = rollout(policy, decoder, task, examples, group_size, seed, first)
     policy.train(was_training)
     decoded = time.perf_counter()
-    parts = [task.reward(e, text) for e, text in zip(done.examples, done.texts, strict=True)]
+    parts = scored(task.reward, done.examples, done.texts, task.workers)
     reward_parts = {name: torch.tensor([p[name] for p in parts], device=policy.device) for name in parts[0]}
     rewards = torch.stack(list(reward_parts.values())).sum(0)
     advantages = advantage(gathered(rewards).view(-1, group_size)).flatten()
@@ -102,10 +120,7 @@ class Evaluation:
 
     def interval(self, name: str, resamples: int = 2000) -> tuple[float, float]:
         """Return a 95% bootstrap interval of a measure's mean, resampling examples (percentile)."""
-        values = self.measures[name]
-        index = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-        low, high = np.quantile(values[index].mean(1), [0.025, 0.975])
-        return float(low), float(high)
+        return statistics.bootstrap(self.measures[name], resamples)
 
 
 def evaluate(
@@ -131,7 +146,7 @@ def evaluate(
     for at in range(start, stop, batch_size):
         batch = examples[at : min(at + batch_size, stop)]
         texts = rollout(policy, decoder, task, batch, 1, seed, first=at).texts
-        rows += [(text, task.measure(e, text)) for e, text in zip(batch, texts, strict=True)]
+        rows += zip(texts, scored(task.measure, batch, texts, task.workers), strict=True)
     policy.train(was_training)
     rows = joined(rows)
     measures = {name: np.array([row[name] for _, row in rows]) for name in rows[0][1]}

@@ -298,6 +298,11 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             f"task.min_empty={cfg.task.min_empty} is above task.max_empty={cfg.task.max_empty}; lower it"
         )
+    if cfg.get("samples", 1) > 1 and cfg.temperature == 0:
+        raise ConfigError(
+            f"samples={cfg.samples} with temperature=0 would be {cfg.samples} times the same completion; "
+            "give temperature=0.9, or samples=1"
+        )
     if "algorithm" in cfg:
         try:
             check_length_counted_once(cfg.algorithm.normalization, cfg.algorithm.objective.length_weighting)

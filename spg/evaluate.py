@@ -1,51 +1,208 @@
-"""`python -m spg.evaluate`: decode and measure held-out completions of a run or of the base model."""
+"""`python -m spg.evaluate`: complete and score held-out examples with a model, a run, or from a file."""
 
 from __future__ import annotations
 
 import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from spg import config, launch
+from spg import config, launch, runs
+from spg.config import ConfigError
+from spg.errors import Interrupted, RunError
+from spg.results import report
+from spg.status import at_work, read_status, write_status
 
 log = logging.getLogger(__name__)
 
+# what an evaluation may go on with in another way; both change rounding at most
+CHANGEABLE = ("eval_batch_size", "threads")
+
 
 def job(cfg: DictConfig) -> None:
-    """Evaluate as configured; write evaluation.json beside the table."""
-    config.check(cfg)
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    settings = cfg if cfg.run is None else of_run(cfg, list(HydraConfig.get().overrides.task))
-    from spg.scoring import evaluate_models
+    """Evaluate as configured and leave a folder with config.yaml, generations.jsonl and results.json."""
+    hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.runtime.output_dir)
+    overrides = list(hydra_cfg.overrides.task)
+    if hydra_cfg.mode == RunMode.MULTIRUN:
+        values = launch.swept_values(cfg)
+        runs.one_of_many(folder, values, lambda: sweep_job(settings(cfg, overrides), folder, values))
+    else:
+        start(settings(cfg, overrides), folder)
 
-    evaluate_models(settings, folder)
+
+def start(cfg: DictConfig, folder: Path) -> None:
+    """Start an evaluation in `folder`; raises ConfigError where that holds one already."""
+    if (folder / "generations.jsonl").exists():
+        raise ConfigError(
+            f"{folder} holds an evaluation already; go on with it (python -m spg.evaluate resume={folder}), "
+            "or give another hydra.run.dir"
+        )
+    with at_work(folder):
+        runs.write_config(cfg, folder)
+        _work(cfg, folder)
+
+
+def resume(path: str, overrides: list[str]) -> None:
+    """Go on with the evaluation in the folder `path`; raises ConfigError where it is none, or finished."""
+    folder = Path(path)
+    cfg = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
+    if not isinstance(cfg, DictConfig) or "generations" not in cfg:
+        raise ConfigError(
+            f"resume={path} is no evaluation's directory; give the one that `python -m spg.evaluate` printed"
+        )
+    changed = runs.changed(cfg, overrides, folder, CHANGEABLE)
+    config.check(changed)
+    with at_work(folder):
+        if read_status(folder).get("state") == "finished":
+            raise ConfigError(
+                f"resume={path}: this evaluation is finished: {folder / 'results.json'}; to score its "
+                f"completions anew: generations={folder / 'generations.jsonl'}"
+            )
+        runs.write_config(changed, folder)
+        runs.log_to(folder / "evaluate.log")
+        _work(changed, folder)
+
+
+def sweep_job(cfg: DictConfig, folder: Path, values: dict[str, Any]) -> bool:
+    """Do one job of a multirun, or what is left of it; never asks the others to stop."""
+    if (folder / "config.yaml").exists():
+        before = OmegaConf.load(folder / "config.yaml")
+        assert isinstance(before, DictConfig)
+        runs.same(runs.identity(before, CHANGEABLE), runs.identity(cfg, CHANGEABLE), folder)
+    if read_status(folder).get("state") == "finished":
+        log.info("Finished already: %s", folder)
+        return False
+    write_status(folder, overrides=values)
+    runs.write_config(cfg, folder)
+    _work(cfg, folder)
+    return False
+
+
+def _work(cfg: DictConfig, folder: Path) -> None:
+    """Evaluate, and tell in the folder's status how it ended; Ctrl-C and SIGTERM say how to go on."""
+    again = f"python -m spg.evaluate resume={folder}"
+    write_status(folder, state="running", error=None)
+    with runs.told_in_status(folder), _stopping(f"stopped; what was completed is saved; go on with: {again}"):
+        from spg.scoring import evaluate
+
+        try:
+            evaluate(cfg, folder)
+        except RunError as error:
+            raise RunError(f"{error}\nGo on with: {again}") from error
+    write_status(folder, state="finished")
+
+
+@contextmanager
+def _stopping(words: str) -> Iterator[None]:
+    """Raise Interrupted, with `words`, at Ctrl-C and SIGTERM, where this thread may take signals over."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(words)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def settings(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """Return the whole configuration of an evaluation: a run's parts in place, split and parser settled.
+
+    Raises ConfigError where settings contradict each other.
+    """
+    config.check(cfg)
+    if cfg.generations is not None:
+        for key, default in (("run", None), ("samples", 1), ("split", "auto")):
+            if cfg[key] != default:
+                raise ConfigError(
+                    f"{key}={cfg[key]} can't be given with generations=..., whose file says what was "
+                    "completed; leave one of the two out"
+                )
+    merged = cfg.copy() if cfg.run is None else of_run(cfg, overrides)
+    if cfg.split == "auto" and cfg.generations is None:
+        # a checkpoint that the validation half chose is tested on the other half
+        by_validation = cfg.run is not None and cfg.select == "validation"
+        merged.split = "test" if by_validation else "heldout"
+    if cfg.parser is not None:
+        if "parser" not in merged.task:
+            raise ConfigError(f"parser={cfg.parser}: this task has one parser only; leave it out")
+        merged.task.parser = cfg.parser
+    config.check(merged)
+    return merged
 
 
 def of_run(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     """Return `cfg` with the model, task and decoding of the run `cfg.run`, unless overridden.
 
+    With another task, its own lengths and decoding hold; with another length, tokens a step stay the run's.
     Raises ConfigError where the directory holds no run.
     """
     path = Path(cfg.run) / "config.yaml"
-    if not path.is_file():
-        raise config.ConfigError(
-            f"run={cfg.run} is no run's directory: it has no config.yaml; give the directory that "
+    trained = OmegaConf.load(path) if path.is_file() else None
+    if not isinstance(trained, DictConfig) or "trainer" not in trained:
+        raise ConfigError(
+            f"run={cfg.run} is no run's directory: it has no config.yaml of one; give the directory that "
             "`python -m spg.train` printed at its end"
         )
-    trained = OmegaConf.load(path)
-    assert isinstance(trained, DictConfig)
+    given = [line.partition("=")[0].lstrip("+~").partition("@")[0].replace("/", ".") for line in overrides]
     merged = cfg.copy()
     OmegaConf.set_struct(merged, False)
-    for key in ("model", "task", "decoding", "pretrain", "block_size", "gen_length"):
-        merged[key] = trained[key]
-    for override in overrides:
-        key = override.split("=", 1)[0].lstrip("+~").partition("@")[0]
+    merged.model = trained.model
+    merged.pretrain = trained.pretrain
+    parts = ["model"]
+    if "task" not in given:
+        parts += ["task", "decoding"]
+        merged.task = trained.task
+        for key in ("gen_length", "block_size"):
+            merged[key] = cfg[key] if key in given else trained[key]
+        merged.decoding = _stretched(cfg, trained, "decoding" in given, merged.gen_length, merged.block_size)
+    for key in given:
+        part = key.partition(".")[0]
+        if part not in parts or key == "decoding":
+            continue
+        if part == "task" and key.removeprefix("task.") not in trained.task:
+            raise ConfigError(
+                f"{key}: the run's task has no such setting; it has {', '.join(config.keys(trained.task))}"
+            )
         OmegaConf.update(merged, key, OmegaConf.select(cfg, key))
-    config.check(merged)
     return merged
 
 
+def _stretched(
+    cfg: DictConfig, trained: DictConfig, another: bool, gen_length: int, block_size: int
+) -> dict[str, Any]:
+    """Return the run's way of decoding, or `another` that was chosen, for these sizes.
+
+    A run's configuration is resolved: what followed its lengths there follows the new ones here.
+    """
+    kind = cfg if another else trained
+    decoding = OmegaConf.to_container(kind.decoding, resolve=True)
+    assert isinstance(decoding, dict)
+    if kind.decoding.block_size == kind.block_size:
+        block = block_size
+    elif kind.decoding.block_size == kind.gen_length:
+        block = gen_length
+    else:
+        block = kind.decoding.block_size
+    steps = -(-gen_length * trained.decoding.steps // trained.gen_length)
+    return {str(k): v for k, v in decoding.items()} | {
+        "gen_length": gen_length,
+        "block_size": block,
+        "steps": steps,
+    }
+
+
 if __name__ == "__main__":
-    launch.run("evaluate", job)
+    launch.run("evaluate", job, resume, report)

@@ -35,15 +35,17 @@ def run(
     primary: str,
     job: Callable[[DictConfig], Any],
     resume: Callable[[str, list[str]], Any] | None = None,
+    report: Callable[[Path], Any] | None = None,
 ) -> None:
     """Check the command line against the primary config `primary`, then let Hydra run `job`.
 
     resume: what to do instead with the path and the other overrides, where `resume=<path>` is among them.
+    report: what tells, at the end of a multirun, what is in its directory; by default a table of runs.
     Ends the process with 2 after a mistake of the user's, 1 after a failure, 130 after an interruption.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let our errors through, unwrapped
     try:
-        argv = group_choices(sys.argv[1:])
+        argv = _multirun_first(group_choices(sys.argv[1:]))
         paths = [line.removeprefix("resume=") for line in argv if line.startswith("resume=")]
         if resume is not None and paths and not {"--help", "-h"} & set(argv):
             others = [line for line in argv if not line.startswith("resume=")]
@@ -66,7 +68,7 @@ def run(
 
         app = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=primary)(told)
         if plan.multirun and resume is not None:  # else its jobs are no runs
-            _sweep(primary, plan, argv, app)
+            _sweep(primary, plan, argv, app, report or _report_runs)
         else:
             app()
         if failures:
@@ -83,18 +85,32 @@ def run(
         _end(f"{error}: make room, then go on with resume=<run dir>", 1)
 
 
+def _multirun_first(argv: list[str]) -> list[str]:
+    """Put --multirun at the front: Hydra takes it before or behind the overrides, not among them."""
+    flags = [line for line in argv if line in ("-m", "--multirun")]
+    return [*flags[:1], *(line for line in argv if line not in flags)]
+
+
 def _end(text: str, code: int) -> None:
     sys.stderr.write(f"{text}\n")
     sys.exit(code)
 
 
-def _sweep(primary: str, plan: Plan, argv: list[str], app: Callable[[], Any]) -> None:
+def _report_runs(folder: Path) -> None:
+    write_runs(folder)
+    show_jobs(folder)
+
+
+def _sweep(
+    primary: str, plan: Plan, argv: list[str], app: Callable[[], Any], report: Callable[[Path], Any]
+) -> None:
     """Run a multirun, then show all its jobs; raises RunError where some did not finish."""
     os.environ["SPG_SWEEP"] = plan.name
     os.environ["SPG_SWEPT"] = json.dumps(plan.swept)
     folder = sweep_folder(primary, plan)
     folder.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "-m", "spg.train", *argv])
+    module = "train" if primary == "config" else primary
+    command = shlex.join(["python", "-m", f"spg.{module}", *argv])
     about, alone = folder / "sweep.json", folder / LEFT_ALONE
     record = {"name": plan.name, "command": command, "swept": list(plan.swept)}
     if about.is_file():
@@ -119,8 +135,7 @@ def _sweep(primary: str, plan: Plan, argv: list[str], app: Callable[[], Any]) ->
     take_over_logging()
     if not alone.exists():  # else the directory may hold another command's jobs
         write_json(about, record)
-    write_runs(folder)
-    show_jobs(folder)
+    report(folder)
     log.info("Multirun: %s", folder)
     if alone.exists():
         number = len(alone.read_text(encoding="utf-8").splitlines())

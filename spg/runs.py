@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
+import subprocess
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from spg import config
+from spg import __version__, config
 from spg.config import CONF_DIR, ConfigError
 from spg.errors import InputError, Interrupted, RunError
 from spg.files import write_text
@@ -33,22 +37,25 @@ CHANGEABLE = (
     "trainer.threads",
     "trainer.micro_batch_size",
     "trainer.eval_batch_size",
+    "logger",
 )
+LIBRARIES = ("torch", "lightning", "hydra-core", "omegaconf", "transformers", "peft")
 
 
 class OtherRunError(ConfigError):
     """A directory holds another run than the one that is to go on in it."""
 
 
-def identity(cfg: DictConfig) -> dict[str, str]:
+def identity(cfg: DictConfig, changeable: Sequence[str] = CHANGEABLE) -> dict[str, str]:
     """Return the settings, by dotted keys, that must stay what they are while a run lasts."""
+    free = (*changeable, "resume")
     leaves: dict[str, str] = {}
 
     def walk(node: Any, key: str) -> None:
         if isinstance(node, dict) and node:
             for name, child in node.items():
                 walk(child, f"{key}.{name}" if key else str(name))
-        elif key not in (*CHANGEABLE, "resume") and not key.startswith("logger."):
+        elif key not in free and key.partition(".")[0] not in free:
             leaves[key] = str(node)
 
     walk(OmegaConf.to_container(cfg, resolve=True), "")
@@ -81,25 +88,50 @@ def resume(path: str, overrides: list[str]) -> None:
             "`python -m spg.train` printed, or a checkpoint in it"
         )
     cfg = read_config(folder)
-    changed = _changed(cfg, overrides, folder)
-    config.check(changed)
+    changed_cfg = changed(cfg, overrides, folder)
+    config.check(changed_cfg)
     checkpoint = target if target.suffix == ".ckpt" else None
     if rank() > 0:
-        _train(changed, folder, started, checkpoint)
+        _train(changed_cfg, folder, started, checkpoint)
         return
     with at_work(folder):
-        if read_status(folder).get("state") == "finished" and checkpoint is None and changed == cfg:
+        if read_status(folder).get("state") == "finished" and checkpoint is None and changed_cfg == cfg:
             raise ConfigError(
                 f"resume={path}: this run is finished; train on with a higher trainer.max_updates than "
                 f"{cfg.trainer.max_updates}"
             )
-        _log_to(folder)
+        log_to(folder / "train.log")
         swept = (folder.parent / "sweep.json").is_file()
-        _work(changed, folder, checkpoint, overrides, folder.parent.name if swept else None)
+        _work(changed_cfg, folder, checkpoint, overrides, folder.parent.name if swept else None)
 
 
 def sweep_job(cfg: DictConfig, folder: Path, overrides: list[str], values: Mapping[str, Any]) -> None:
-    """Do one job of a multirun: start it, go on with it, or leave it where it is finished.
+    """Do one training run of a multirun: start it, go on with it, or leave it where it is finished.
+
+    values: what the multirun's keys are in this job.
+    """
+
+    def work() -> bool:
+        config.check(cfg)
+        fresh = not (folder / "config.yaml").exists()
+        if fresh:
+            _new(cfg, folder, overrides)
+        before = read_config(folder)
+        same(identity(before), identity(cfg), folder)
+        finished = read_status(folder).get("state") == "finished"
+        if finished and cfg.trainer.max_updates <= before.trainer.max_updates:
+            log.info("Finished already: %s", folder)
+            return False
+        if not fresh:
+            write_config(cfg, folder)
+        write_status(folder, overrides=dict(values))
+        return _work(cfg, folder, group=folder.parent.name)
+
+    one_of_many(folder, values, work)
+
+
+def one_of_many(folder: Path, values: Mapping[str, Any], work: Callable[[], bool]) -> None:
+    """Do one job of a multirun in `folder`; `work` returns whether the user asked to stop meanwhile.
 
     A failure is written to the job's status.json and error.txt, and the multirun goes on. A directory that
     is in use, or holds another run, is not touched. When the user stops one job, no other starts: joblib
@@ -110,20 +142,7 @@ def sweep_job(cfg: DictConfig, folder: Path, overrides: list[str], values: Mappi
         return
     try:
         with at_work(folder):
-            config.check(cfg)
-            fresh = not (folder / "config.yaml").exists()
-            if fresh:
-                _new(cfg, folder, overrides)
-            before = read_config(folder)
-            _same(identity(before), identity(cfg), folder)
-            finished = read_status(folder).get("state") == "finished"
-            if finished and cfg.trainer.max_updates <= before.trainer.max_updates:
-                log.info("Finished already: %s", folder)
-                return
-            if not fresh:
-                write_config(cfg, folder)
-            write_status(folder, overrides=dict(values))
-            if _work(cfg, folder, group=folder.parent.name):
+            if work():
                 stopping.touch()
             (folder / "error.txt").unlink(missing_ok=True)  # of a failure before
     except (Interrupted, KeyboardInterrupt) as stop:
@@ -168,33 +187,36 @@ def write_config(cfg: DictConfig, folder: Path) -> None:
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
 
-def _changed(cfg: DictConfig, overrides: list[str], folder: Path) -> DictConfig:
-    """Return the run's configuration with what may change changed; raises ConfigError for the rest."""
-    changed = cfg.copy()
+def changed(
+    cfg: DictConfig, overrides: list[str], folder: Path, changeable: Sequence[str] = CHANGEABLE
+) -> DictConfig:
+    """Return a configuration with what may change changed; raises ConfigError for the rest."""
+    result = cfg.copy()
     for line in overrides:
         key, _, value = line.partition("=")
-        if key not in (*config.keys(cfg), "logger"):
-            guess = config.nearest(key, [*CHANGEABLE, "logger"])
+        if key not in (*config.keys(cfg), *changeable):
+            guess = config.nearest(key, list(changeable))
             raise ConfigError(
-                f"{line}: beside resume=... only these are taken: {', '.join(CHANGEABLE)}, logger"
+                f"{line}: beside resume=... only these are taken: {', '.join(changeable)}"
                 + (f"; nearest: {guess}" if guess else "")
             )
         if key == "logger" and (CONF_DIR / "logger" / f"{value}.yaml").is_file():
-            changed.logger = OmegaConf.load(CONF_DIR / "logger" / f"{value}.yaml")
+            result.logger = OmegaConf.load(CONF_DIR / "logger" / f"{value}.yaml")
             continue
         old = OmegaConf.select(cfg, key) if config.is_known(cfg, key) else None
         new = OmegaConf.create(f"x: {value}").x
-        if key in CHANGEABLE:
-            OmegaConf.update(changed, key, new)
+        if key in changeable and key != "logger":
+            OmegaConf.update(result, key, new)
         elif old != new:
             raise ConfigError(
                 f"{line}: a run goes on with its own settings ({key}={old} in {folder / 'config.yaml'}); "
-                f"allowed: {', '.join(CHANGEABLE)}, logger; start a new run for others"
+                f"allowed: {', '.join(changeable)}; start a new run for others"
             )
-    return changed
+    return result
 
 
-def _same(before: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:
+def same(before: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:
+    """Raise OtherRunError where two identities differ."""
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise OtherRunError(
@@ -203,13 +225,29 @@ def _same(before: Mapping[str, str], now: Mapping[str, str], folder: Path) -> No
             )
 
 
-def _log_to(folder: Path) -> None:
-    """Log as Hydra sets it up for a run that starts: to the terminal and to train.log."""
-    handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
+def log_to(file: Path) -> None:
+    """Log as Hydra sets it up for a run that starts: to the terminal and to `file`."""
+    handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.INFO)
+
+
+@contextmanager
+def told_in_status(folder: Path) -> Iterator[None]:
+    """Tell in the directory's status how what a `with` block does ended, if it did not end well.
+
+    A finished run that did not get as far as going on stays finished.
+    """
+    try:
+        yield
+    except BaseException as error:
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
+        if read_status(folder).get("state") != "finished":
+            text = (str(error) or type(error).__name__).splitlines()[0]
+            write_status(folder, state="interrupted" if stopped else "failed", error=text)
+        raise
 
 
 def _work(
@@ -219,19 +257,10 @@ def _work(
     changes: Sequence[str] = (),
     group: str | None = None,
 ) -> bool:
-    """Train, and tell in the directory's status how it ended; return whether the user asked to stop.
-
-    A finished run that did not get as far as training on stays finished.
-    """
+    """Train, and tell in the directory's status how it ended; return whether the user asked to stop."""
     started = time.perf_counter()
-    try:
+    with told_in_status(folder):
         asked = _train(cfg, folder, started, checkpoint, changes, group=group)
-    except BaseException as error:
-        stopped = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
-        if read_status(folder).get("state") != "finished":
-            text = (str(error) or type(error).__name__).splitlines()[0]
-            write_status(folder, state="interrupted" if stopped else "failed", error=text)
-        raise
     write_status(folder, state="finished", updates=cfg.trainer.max_updates)
     return asked
 
@@ -243,3 +272,31 @@ def _train(cfg: DictConfig, folder: Path, *rest: Any, group: str | None = None) 
     from spg.training import train
 
     return train(cfg, folder, *rest, group=group)
+
+
+def fingerprint(path: Path) -> list[int]:
+    """Return what tells whether a file, or the largest of a folder, is still the same: its size and time."""
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+    about = max((file.stat() for file in files), key=lambda stat: stat.st_size)
+    return [about.st_size, about.st_mtime_ns]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this project, Python and the libraries that numbers depend on."""
+    own = {"spg": __version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in LIBRARIES}
+
+
+def git_commit() -> str | None:
+    """Return the commit of the source tree, with `+` where it is changed; None outside a checkout."""
+    where = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(where), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip()

@@ -1,98 +1,174 @@
-"""Evaluation of saved models: a table, and evaluation.json beside it."""
+"""One evaluation from its configuration to results.json, of models or of saved completions.
+
+generations.jsonl grows by a batch at a time, and what it holds is not done again.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
 from omegaconf import DictConfig
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from spg.collect import evaluate
+from spg import runs
 from spg.config import ConfigError, build
 from spg.console import console, take_over_logging
-from spg.decoding import Decoder
-from spg.policy import Policy
-from spg.pretraining import build_policy
+from spg.generations import Generations, Item, Line, Source, Subject, line_of, read_saved, scored
+from spg.results import DECODING, RULES, chosen, figures, percent, show
+from spg.statistics import wilson
+from spg.status import read_status, write_json, write_status
 from spg.tasks.base import Task
-from spg.weights import load_checkpoint, load_weights
 
 log = logging.getLogger(__name__)
 
+# seconds between lines that tell the progress where standard output is no terminal
+QUIET = 30.0
 
-def evaluate_models(cfg: DictConfig, folder: Path) -> dict[str, dict[str, float]]:
-    """Evaluate the base model and, with `run`, the run's checkpoints and final weights.
 
-    Returns and writes to `<folder>/evaluation.json`: {model: {measure: mean}} with 95% intervals,
-    n, split and decoding beside them.
+def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Complete and score what generations.jsonl does not hold yet, show the table and write results.json.
+
+    Returns what results.json holds. Raises ConfigError where the folder's lines were made with another model.
     """
     take_over_logging()
-    torch.set_num_threads(cfg.threads)
+    log.info("Evaluation: %s", folder)
     task: Task = build(cfg.task)
-    decoder: Decoder = build(cfg.decoding, temperature=cfg.temperature)
-    policy = build_policy(cfg)
-    if cfg.accelerator == "cuda" or (cfg.accelerator == "auto" and torch.cuda.is_available()):
-        policy.to("cuda")
-    examples = task.examples(cfg.split)
-    table = Table(title=f"{task.name}, split {cfg.split}, n = {len(examples)} (95% bootstrap interval)")
-    table.add_column("model", no_wrap=True)
-    results: dict[str, dict[str, float]] = {}
-    intervals: dict[str, dict[str, tuple[float, float]]] = {}
-    for name in models(cfg, policy):
-        result = evaluate(policy, decoder, task, examples, cfg.eval_batch_size, cfg.seed)
-        if not results:
-            for measure in result.measures:
-                table.add_column(measure.replace("_", " "), justify="right")
-        results[name] = {measure: result.mean(measure) for measure in result.measures}
-        intervals[name] = {measure: result.interval(measure) for measure in result.measures}
-        cells = []
-        for measure, mean in results[name].items():
-            low, high = intervals[name][measure]
-            cells.append(f"{mean:.3f}\n({low:.3f} to {high:.3f})")
-        table.add_row(name, *cells)
-    console.print(table)
-    path = folder / "evaluation.json"
+    if cfg.generations is not None:
+        source = saved(cfg, task)
+    else:
+        examples = task.examples(cfg.split)  # where there are none, no model need be built
+        from spg.completing import models
+
+        source = models(cfg, task, examples)
+    _same_source(source.made_with, folder)
+    file = Generations(folder / "generations.jsonl")
+    for subject in source.subjects:
+        work_through(subject, file, task, cfg.eval_batch_size)
+    results = {subject.name: figures(file.of(subject.name)) for subject in source.subjects}
     record = {
+        "task": task.name,
+        "split": source.split,
+        "shots": source.shots,
+        "parser": task.parser,
+        "n": max(found["n"] for found in results.values()),
+        "device": source.device,
+        "precision": source.precision,
         "results": results,
-        "intervals": intervals,
-        "n": len(examples),
-        "split": cfg.split,
-        "run": cfg.run,
-        "gen_length": decoder.gen_length,
-        "steps": decoder.steps,
-        "block_size": decoder.block_size,
-        "temperature": decoder.temperature,
+        "selection": _selection(cfg, {model: found["accuracy"] for model, found in results.items()}),
+        "settings": source.settings,
+        "git_commit": runs.git_commit(),
+        "versions": runs.versions(),
     }
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    log.info("Written: %s", path)
-    return results
+    write_json(folder / "results.json", record)
+    show(record)
+    log.info("Written: %s (results.json, generations.jsonl)", folder)
+    return record
 
 
-def models(cfg: DictConfig, policy: Policy) -> Iterator[str]:
-    """Fill `policy` with one model after the other, and yield the name of each.
+def saved(cfg: DictConfig, task: Task) -> Source:
+    """Return the completions of the file `cfg.generations`; raises InputError where it can't be used."""
+    path = Path(cfg.generations)
 
-    Raises ConfigError where a run has no weights yet.
+    def as_they_are(batch: Sequence[Item]) -> list[Line]:
+        return [item.saved for item in batch]
+
+    settings = dict.fromkeys(DECODING) | {"generations": str(cfg.generations), "run": None}
+    return Source(
+        [Subject(name, items, as_they_are) for name, items in read_saved(path, task).items()],
+        settings | {"eval_batch_size": cfg.eval_batch_size},
+        {"generations": runs.fingerprint(path)},
+    )
+
+
+def work_through(subject: Subject, file: Generations, task: Task, batch_size: int) -> None:
+    """Complete and score a subject's items in batches, each appended to `file` when it is done.
+
+    A batch of which some lines are there already is completed as a whole, since the items beside an item may
+    change the last digits; only the missing lines are scored and added.
     """
-    yield "base" if cfg.model.weights == "base" else str(cfg.model.weights)
-    if cfg.run is None:
+    batches = [subject.items[at : at + batch_size] for at in range(0, len(subject.items), batch_size)]
+    missing = [
+        [item for item in batch if (subject.name, item.index, item.sample) not in file.lines]
+        for batch in batches
+    ]
+    left = sum(map(len, missing))
+    if not left:
         return
-    found = False
-    for path in sorted(Path(cfg.run, "checkpoints").glob("*.ckpt")):
-        load_checkpoint(policy.network, path)
-        found = True
-        yield f"checkpoints/{path.name}"
-    final = Path(cfg.run, "weights.safetensors")
-    adapter = Path(cfg.run, "adapter")
-    if final.is_file():
-        load_weights(policy.network, final)
-        found = True
-        yield final.name
-    elif adapter.is_dir() and policy.has_adapter:
-        policy.load_adapter(adapter)
-        found = True
-        yield adapter.name
-    if not found:
-        raise ConfigError(f"run={cfg.run} holds neither checkpoints nor weights.safetensors yet")
+    subject.ready()
+    there = [line["measures"]["accuracy"] for line in file.of(subject.name)]
+    with _progress(subject.name, len(subject.items), there) as advance:
+        for batch, wanted in zip(batches, missing, strict=True):
+            if not wanted:
+                continue
+            made = dict(zip(map(id, batch), subject.complete(batch), strict=True))
+            examples = [item.example for item in wanted]
+            texts = [made[id(item)]["completion"] for item in wanted]
+            answers = scored(task.answer, examples, texts, task.workers)
+            measures = scored(task.measure, examples, texts, task.workers)
+            file.add(
+                [
+                    line_of(subject.name, item, made[id(item)], answer, measured)
+                    for item, answer, measured in zip(wanted, answers, measures, strict=True)
+                ]
+            )
+            advance([measured["accuracy"] for measured in measures])
+
+
+@contextmanager
+def _progress(name: str, total: int, accuracies: list[float]) -> Iterator[Callable[[Sequence[float]], None]]:
+    """Show how far a subject is, its accuracy and the time left; yield what takes a batch's accuracies.
+
+    Where standard output is no terminal, a line now and then tells it.
+    """
+    progress = Progress(
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    before, started = len(accuracies), time.monotonic()
+    told = started
+    bar = progress.add_task(name, total=total, completed=before, figures="first batch ...")
+
+    def advance(more: Sequence[float]) -> None:
+        nonlocal told
+        accuracies.extend(more)
+        done, now = len(accuracies), time.monotonic()
+        low, high = wilson(round(sum(accuracies)), done)
+        words = f"accuracy {percent(sum(accuracies) / done)} ± {100 * (high - low) / 2:.1f}"
+        progress.update(bar, completed=done, figures=words)
+        if progress.disable and now - told > QUIET and done < total:
+            told = now
+            seconds = (now - started) / (done - before) * (total - done)
+            log.info("%s: %d of %d, %s, %.0f s left", name, done, total, words, seconds)
+
+    with progress:
+        yield advance
+
+
+def _same_source(made_with: dict[str, Any], folder: Path) -> None:
+    """Note what the folder's lines are made with; raises ConfigError where that was something else before."""
+    before = read_status(folder).get("made_with", made_with)
+    for key in sorted(before.keys() | made_with.keys()):
+        if before.get(key) != made_with.get(key):
+            raise ConfigError(
+                f"{folder} holds completions made with another {key}: {before.get(key)} then, "
+                f"{made_with.get(key)} now; start a new evaluation"
+            )
+    write_status(folder, made_with=made_with)
+
+
+def _selection(cfg: DictConfig, accuracies: dict[str, float]) -> dict[str, Any] | None:
+    """Return how a run's checkpoint is chosen and which it is, None where there is no run."""
+    if cfg.run is None:
+        return None
+    return {"rule": cfg.select, "chosen": chosen(cfg.select, accuracies), "chosen_on": RULES[cfg.select]}

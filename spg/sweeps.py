@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from spg import statistics
 from spg.config import ConfigError
 from spg.console import console
 from spg.files import read_csv, write_text
@@ -268,9 +269,7 @@ def _point(setting: dict[str, Any], rows: Sequence[Row], measure: str) -> Point:
 
 def bootstrap(values: np.ndarray) -> tuple[float, float]:
     """Return the 95% percentile bootstrap interval of the mean of `values` [n], always the same one."""
-    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
+    return statistics.bootstrap(values, RESAMPLES)
 
 
 def best(points: Sequence[Point]) -> Point | None:

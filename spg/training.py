@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from spg import __version__
 from spg.callbacks import (
     MOMENTS,
     BeforeAndAfter,
@@ -39,13 +35,11 @@ from spg.module import NonFiniteError, Optimization, Training
 from spg.plots import curve
 from spg.pretraining import base_weights, build_policy
 from spg.ranks import Ranks, end_with_parent, rank
-from spg.runs import identity, write_config
+from spg.runs import git_commit, identity, versions, write_config
 from spg.status import read_status, write_json, write_status
 from spg.weights import read_checkpoint, save_weights
 
 log = logging.getLogger(__name__)
-
-LIBRARIES = ("torch", "lightning", "hydra-core", "omegaconf", "transformers", "peft")
 
 
 class Turns:
@@ -61,6 +55,8 @@ class Turns:
 def build_module(cfg: DictConfig) -> Training:
     """Build the module that a configuration describes, with its weights."""
     task = build(cfg.task)
+    for split in ("train", "validation", "test"):  # where data are missing, no model need be built
+        task.examples(split)
     rollouts = -(-cfg.trainer.max_updates // cfg.mu)
     return Training(
         policy=build_policy(cfg),
@@ -301,29 +297,13 @@ def _finish(
         "seed": cfg.seed,
         "threads": cfg.trainer.threads,
         "devices": cfg.trainer.devices,
-        "versions": {"spg": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in LIBRARIES},
+        "versions": versions(),
         "git_commit": git_commit(),
     }
     write_json(folder / "summary.json", summary)
     title = f"{module.task.name}, {summary['n']} examples a half, seed {cfg.seed}"
     curve(folder, title)
     show_summary(summary, folder)
-
-
-def git_commit() -> str | None:
-    """Return the commit of the source tree, with `+` where it is changed; None outside a checkout."""
-    where = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(where), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.stdout.strip()
 
 
 def show_summary(summary: Mapping[str, Any], folder: Path) -> None:

@@ -112,7 +112,7 @@ def test_checkpoints_hold_the_adapter_alone(finished: Path) -> None:
 
 def test_an_adapter_s_run_is_evaluated(finished: Path, tmp_path: Path) -> None:
     run("evaluate", f"run={finished}", folder=tmp_path / "e")
-    results = json.loads((tmp_path / "e" / "evaluation.json").read_text())["results"]
+    results = json.loads((tmp_path / "e" / "results.json").read_text())["results"]
     summary = json.loads((finished / "summary.json").read_text())
     assert results["base"]["accuracy"] == summary["accuracy.before"]
     assert results["adapter"]["accuracy"] == summary["accuracy.last"]

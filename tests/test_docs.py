@@ -41,7 +41,9 @@ def test_public_things_say_what_they_are(path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_tensors_come_with_shapes(path) -> None:
     for node, owner in public(ast.parse(path.read_text())):
-        if isinstance(node, ast.ClassDef) or (ast.get_docstring(node) is None and inherited(owner, node.name)):
+        if isinstance(node, ast.ClassDef) or (
+            ast.get_docstring(node) is None and inherited(owner, node.name)
+        ):
             continue
         annotations = [a.annotation for a in node.args.args if a.annotation] + [node.returns]
         takes_tensor = any(a is not None and re.search(r"\bTensor\b", ast.unparse(a)) for a in annotations)
