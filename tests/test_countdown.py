@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -36,39 +37,40 @@ def task() -> Countdown:
 
 
 def test_splits_are_disjoint_solvable_and_full(task: Countdown) -> None:
-    seen: set[bytes] = set()
-    for split, count in (("train", 1000), ("validation", 256), ("test", 256)):
+    seen: set[tuple[int, ...]] = set()
+    for split, count in (("train", 5000), ("validation", 256), ("test", 256)):
         problems = task.examples(split)
-        keys = {fingerprint(p["numbers"], p["target"]) for p in problems}
-        assert len(problems) == len(keys) >= count
-        assert not keys & seen
-        seen |= keys
+        assert len(problems) == len({(*p["numbers"], p["target"]) for p in problems}) >= count
+        sets = {tuple(sorted(p["numbers"])) for p in problems}
+        assert not sets & seen, "a set of numbers belongs to one split"
+        seen |= sets
+        assert any(p["numbers"] != sorted(p["numbers"]) for p in problems)
         for problem in problems:
-            assert split_of(problem["numbers"], problem["target"]) == split
-            assert problem["numbers"] == sorted(problem["numbers"])
+            assert split_of(problem["numbers"]) == split
             assert all(1 <= n <= 9 for n in problem["numbers"])
             assert 1 <= problem["target"] <= 99
-            assert solve(tuple(problem["numbers"]), problem["target"]) is not None
+            assert solve(problem["numbers"], problem["target"]) is not None
     assert task.examples("heldout") == [*task.examples("validation"), *task.examples("test")]
     assert Countdown().examples("test") == task.examples("test"), "the same at every call"
     assert Countdown(data_seed=1).examples("test") != task.examples("test")
 
 
 def test_a_range_without_enough_problems_gives_all_there_are() -> None:
-    """Two numbers' worth of range: every reachable problem of the split, each once."""
+    """Numbers 1 and 2: every reachable problem of the split, each once."""
     found = make_problems("train", 1000, 3, 2, 99, seed=0)
     every = {
         (numbers, target)
-        for numbers in ((1, 1, 1), (1, 1, 2), (1, 2, 2), (2, 2, 2))
+        for numbers in itertools.product((1, 2), repeat=3)
         for target in range(1, 100)
-        if solve(numbers, target) is not None and split_of(numbers, target) == "train"
+        if solve(numbers, target) is not None and split_of(numbers) == "train"
     }
     assert {(tuple(p["numbers"]), p["target"]) for p in found} == every
+    assert every
 
 
 def test_four_numbers() -> None:
     for problem in make_problems("train", 50, 4, 100, 100, seed=3):
-        steps, expression = solve(tuple(problem["numbers"]), problem["target"])
+        steps, expression = solve(problem["numbers"], problem["target"])
         assert len(steps) == 3
         assert released_score(f"<answer>{expression}</answer>", problem["numbers"], problem["target"]) == 1.0
 
@@ -83,7 +85,7 @@ def test_nothing_generated_is_a_published_test_item() -> None:
         for split in ("train", "validation", "test")
         for p in make_problems(split, 5000, 3, 100, 100, seed=5)
     }
-    assert len(made) == 15000
+    assert len(made) > 14000
     assert not made & published
 
 
@@ -99,7 +101,7 @@ def test_published_items_are_kept_out(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 12), min_size=3, max_size=3), st.integers(1, 99))
 def test_what_the_solver_says_is_right(numbers: list[int], target: int) -> None:
-    solution = solve(tuple(numbers), target)
+    solution = solve(numbers, target)
     if solution is None:
         return
     steps, expression = solution
@@ -113,8 +115,6 @@ def test_what_the_solver_says_is_right(numbers: list[int], target: int) -> None:
 
 def test_the_solver_finds_what_enumeration_finds() -> None:
     """Left and right combs over all orders and signs, the only two shapes of three numbers."""
-    import itertools
-
     for numbers in ((2, 3, 7), (4, 4, 9), (1, 6, 8)):
         reachable = set()
         for a, b, c in itertools.permutations(numbers):
@@ -336,6 +336,16 @@ def test_a_target_earns_everything(task: Countdown) -> None:
             text = styled.target(example)
             assert styled.reward(example, text) == {"countdown": 1.0}
             assert styled.measure(example, text) == {"accuracy": 1.0, "numbers_used": 1.0}
+
+
+def test_most_demonstrations_show_another_target(task: Countdown) -> None:
+    shown = task.demonstrations()
+    right = sum(e["shows"] == e["target"] for e in shown) / len(shown)
+    assert 0.3 < right < 0.4, "0.3, and what chance adds"
+    for example in shown[::500]:
+        text = task.target(example)
+        assert task.measure({**example, "target": example["shows"]}, text)["accuracy"] == 1.0
+    assert all(e["shows"] == e["target"] for e in Countdown(right_share=1.0).demonstrations())
 
 
 def test_prompts(task: Countdown, tmp_path: Path) -> None:

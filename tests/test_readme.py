@@ -13,7 +13,7 @@ import pytest
 from spg import config
 from spg.errors import Interrupted
 from tests import faults
-from tests.helpers import ROOT, train_here
+from tests.helpers import ROOT, run, train_here
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
@@ -22,8 +22,9 @@ MAKES = [line for block in BLOCKS for line in block.splitlines() if line.startsw
 SHORT = {
     "train": "trainer.max_updates=4 trainer.prompts_per_rollout=2 task.eval_size=8 trainer.eval_batch_size=8",
     "pretrain": "pretrain.steps=2",
-    "evaluate": "task.eval_size=8",
+    "evaluate": "",
 }
+SAVED = '{"question": "1+1?", "ground_truth": "2", "generation": "<answer>\\\\boxed{2}</answer>"}\n'
 
 
 def test_there_are_commands() -> None:
@@ -42,6 +43,17 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of an evaluation that lacks its last lines."""
+    folder = tmp_path_factory.mktemp("runs") / "evaluated"
+    run("evaluate", "task.eval_size=8", "eval_batch_size=4", folder=folder)
+    lines = (folder / "generations.jsonl").read_text().splitlines(keepends=True)
+    (folder / "generations.jsonl").write_text("".join(lines[:5]))
+    (folder / "results.json").unlink()
+    return folder
+
+
 def shortened(words: list[str], module: str, folder: Path) -> list[str]:
     """Return overrides that make a command short and keep what it writes in `folder`."""
     if "--help" in words or any(word.startswith("resume=") for word in words):
@@ -51,13 +63,25 @@ def shortened(words: list[str], module: str, folder: Path) -> list[str]:
     where = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
     if "-cn" in words:  # one job of each kind instead of the whole sweep
         where += ["beta=1", "seed=1"]
+    if module == "evaluate" and not any(word.startswith("generations=") for word in words):
+        where.append("task.eval_size=8")
     return [*SHORT[module].split(), *where]
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: Path) -> None:
+def test_commands_run(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: Path, evaluated: Path
+) -> None:
     monkeypatch.setenv("SPG_CACHE", str(tmp_path / "cache"))
-    _, _, module, *words = shlex.split(line.replace("<run dir>", str(stopped)))
+    saved = tmp_path / "saved.jsonl"
+    saved.write_text(SAVED)
+    for mark, path in (
+        ("<run dir>", stopped),
+        ("<evaluation dir>", evaluated),
+        ("<saved generations>", saved),
+    ):
+        line = line.replace(mark, str(path))
+    _, _, module, *words = shlex.split(line)
     words += shortened(words, module.removeprefix("spg."), tmp_path / "run")
     done = subprocess.run(
         [sys.executable, "-m", module, *words], capture_output=True, text=True, cwd=ROOT, check=False

@@ -69,7 +69,7 @@ PUBLISHED_TEST = frozenset(
     )[4 * i : 4 * i + 4]
     for i in range(256)
 )
-# of 20 parts of all problems, those held out
+# of 20 parts of all sets of numbers, those held out
 HELD_OUT = {0: "validation", 1: "validation", 2: "validation", 3: "test", 4: "test", 5: "test"}
 
 
@@ -78,33 +78,34 @@ def fingerprint(numbers: Sequence[int], target: int) -> bytes:
     return zlib.crc32(f"{','.join(map(str, sorted(numbers)))}={target}".encode()).to_bytes(4, "big")
 
 
-def split_of(numbers: Sequence[int], target: int) -> str:
-    """Return the split that a generated problem belongs to: 70% train, 15% each validation and test."""
-    return HELD_OUT.get(int.from_bytes(fingerprint(numbers, target), "big") % 20, "train")
+def split_of(numbers: Sequence[int]) -> str:
+    """Return the split of generated problems with these numbers, in any order: 70, 15 and 15% of the sets."""
+    checksum = zlib.crc32(",".join(map(str, sorted(numbers))).encode())
+    return HELD_OUT.get(checksum % 20, "train")
 
 
 def make_problems(
     split: str, count: int, size: int, max_number: int, max_target: int, seed: int
 ) -> list[Example]:
-    """Make up to `count` different solvable problems of a split: {numbers (ascending), target}.
+    """Make up to `count` different solvable problems of a split: {numbers, target}.
 
     `size` numbers from 1 to max_number are joined at random by + - * /, with no fraction or negative number
-    on the way; the value, from 1 to max_target, is the target. Fewer come back where there are no more.
+    on the way; the value, from 1 to max_target, is the target. No two splits share a set of numbers. Fewer
+    come back where there are no more.
     """
     rng = np.random.default_rng(seed)
-    problems: dict[bytes, Example] = {}
+    problems: dict[tuple[int, ...], Example] = {}
     known = -1
     while known < len(problems) < count:
         known = len(problems)  # where a whole round finds nothing new, there is hardly more
         numbers = rng.integers(1, max_number + 1, size=(TRIALS, size))
         targets, fits = _joined(numbers, rng)
         fits &= (targets >= 1) & (targets <= max_target)
-        made = np.column_stack([np.sort(numbers, axis=1), targets])[fits]
-        _, first = np.unique(made, axis=0, return_index=True)
-        for *row, value in made[np.sort(first)].tolist():
-            key = fingerprint(row, value)
-            if split_of(row, value) == split and key not in PUBLISHED_TEST:
-                problems.setdefault(key, {"numbers": row, "target": value})
+        for *row, value in np.column_stack([numbers, targets])[fits].tolist():
+            if (*row, value) in problems or split_of(row) != split:
+                continue
+            if fingerprint(row, value) not in PUBLISHED_TEST:
+                problems[*row, value] = {"numbers": row, "target": value}
     return list(problems.values())[:count]
 
 
@@ -149,12 +150,17 @@ def _results(a: Term, b: Term) -> list[tuple[str, Term]]:
     return found
 
 
-@lru_cache(maxsize=65536)
-def solve(numbers: tuple[int, ...], target: int) -> tuple[tuple[str, ...], str] | None:
+def solve(numbers: Sequence[int], target: int) -> tuple[tuple[str, ...], str] | None:
     """Return the steps (as 3*5=15) and the expression that make `target`, None where nothing does.
 
-    The first solution in a fixed order, with no fraction or negative number on the way.
+    The first solution in an order that does not depend on that of the numbers, with no fraction or negative
+    number on the way.
     """
+    return _solve(tuple(sorted(numbers)), target)
+
+
+@lru_cache(maxsize=65536)
+def _solve(numbers: tuple[int, ...], target: int) -> tuple[tuple[str, ...], str] | None:
     return _search([Term(n, str(n)) for n in numbers], target)
 
 
@@ -280,7 +286,7 @@ class Countdown:
 
     def _solution(self, example: Example) -> tuple[tuple[str, ...], str]:
         value = example.get("shows", example["target"])
-        solution = solve(tuple(example["numbers"]), value)
+        solution = solve(example["numbers"], value)
         if solution is None:
             raise InputError(f"{dict(example)} has no solution in whole numbers to learn from")
         return solution
@@ -298,10 +304,10 @@ class Countdown:
         rng = np.random.default_rng(self.data_seed)
         values: dict[tuple[int, ...], list[int]] = {}
         for problem in problems:
-            values.setdefault(tuple(problem["numbers"]), []).append(problem["target"])
+            values.setdefault(tuple(sorted(problem["numbers"])), []).append(problem["target"])
         shown: list[Example] = []
         for problem in problems:
-            others = values[tuple(problem["numbers"])]
+            others = values[tuple(sorted(problem["numbers"]))]
             for _ in range(COPIES):
                 right = rng.random() < self.right_share
                 value = problem["target"] if right else others[rng.integers(len(others))]
