@@ -1,14 +1,17 @@
 """Runs a program against unit tests in a cage, so that it can neither harm nor deceive.
 
 What holds depends on what the kernel grants here, and is asked of it once: namespaces with an unused user
-id (as root), a user namespace (as any user), an unused user id alone. Where none of them can be had, no
-program is run unless the user allows it with `isolation=none`. `spg.caged` is what runs inside.
+id (as root) or a user namespace (as any user). Where neither can be had, no program is run unless the user
+asks for less: `isolation=user_id`, an unused user id alone, or `none`. `spg.caged` is what runs inside.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
+import platform
 import pwd
 import secrets
 import selectors
@@ -18,35 +21,45 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spg.errors import InputError
 
+log = logging.getLogger(__name__)
+
 SCRIPT = Path(__file__).with_name("caged.py")
-# the strongest first; `none` is only for who asks for it
 NAMESPACES, USER, UID, NONE = "namespaces", "user namespace", "user id", "none"
+# by the setting, the strongest first; what does not wall in is only for who asks for it
+LEVELS = {"auto": (NAMESPACES, USER), "user_id": (UID,), "none": (NONE,)}
 # seconds beyond the wall limit until a cage that does not report is ended from outside
 GRACE = 5.0
 TAIL = 2000  # characters of the output that are kept
 
+# where `caged.CALLS` knows the system calls by their numbers
+FILTERED = platform.machine() in ("x86_64", "aarch64") and sys.maxsize > 2**32
 _WALLS = (
-    "The program sees the interpreter's standard library, read-only, and an empty temporary folder that "
-    "goes with it: no other file, no installed package, no /proc, no environment, no other process.",
+    "The program sees the system's libraries (/lib, /usr/lib) and the interpreter's lib folder without the "
+    "packages installed there, all read-only, and a /tmp of its own, empty at first, which goes with it: no "
+    "other file, no /proc, no environment, no other process.",
     "It has no network, not even the local one.",
     "It runs as {who} without privileges and can't get any.",
     "When the run ends, fails or is killed, the kernel ends every process that came from it.",
+    "Shared memory, memory files, keyrings, tracing and sockets of unusual kinds are refused to it; memory "
+    "is bounded in all by the limit times the number of processes."
+    if FILTERED
+    else "On this kind of machine NO system calls are refused to it: shared memory and memory files escape "
+    "the limit of memory, keyrings and sockets of unusual kinds are open.",
 )
 _LIMITS = (
     "Wall-clock time, and for each process CPU time, memory and the size of a file, are limited; so is "
-    "what it may print; memory is bounded in all by the limit times the number of processes.",
+    "what it may print.",
 )
 _COUNT = ("The number of processes is limited.",)
 _NO_WALLS = (
     "The program has no environment, but it reads every file that {who} may read, and writes where that "
-    "user may: /tmp and /dev/shm too.",
+    "user may: /tmp and /dev/shm too, up to what they hold.",
     "The network is NOT closed to it.",
 )
 GUARANTEES: dict[str, tuple[str, ...]] = {
@@ -58,7 +71,8 @@ GUARANTEES: dict[str, tuple[str, ...]] = {
     ),
     UID: (
         *(w.format(who="a user id that nobody else has") for w in _NO_WALLS),
-        "When the run ends, every process of that user id is killed.",
+        "When the run ends, every process of that user id is killed, and its files in /tmp, /var/tmp and "
+        "/dev/shm are deleted.",
         *_LIMITS,
         *_COUNT,
     ),
@@ -86,6 +100,18 @@ class Outcome:
     output: str  # the last of what was printed
 
 
+def _limits(
+    wall_seconds: float, cpu_seconds: int | None, memory_mb: int, processes: int, disk_mb: int
+) -> dict[str, Any]:
+    return {
+        "wall_seconds": wall_seconds,
+        "cpu_seconds": int(wall_seconds) + 1 if cpu_seconds is None else cpu_seconds,
+        "memory_mb": memory_mb,
+        "processes": processes,
+        "disk_mb": disk_mb,
+    }
+
+
 class CageError(Exception):
     """The cage could not be built; the text says why."""
 
@@ -95,8 +121,8 @@ class Cage:
 
     wall_seconds bounds a run, of which a test may take half of what is left; cpu_seconds and memory_mb
     bound each process, processes their number, disk_mb the temporary folder, output_bytes what is printed.
-    isolation: `auto` takes the best that works here, `none` walls nothing in. Raises InputError where
-    nothing works.
+    isolation: `auto` walls in as well as works here, `user_id` and `none` wall nothing in and say so in
+    the log. Raises InputError where it does not work.
     """
 
     def __init__(
@@ -110,17 +136,14 @@ class Cage:
         isolation: str = "auto",
         workers: int = 0,
     ) -> None:
-        self.limits: dict[str, Any] = {
-            "wall_seconds": wall_seconds,
-            "cpu_seconds": int(wall_seconds) + 1 if cpu_seconds is None else cpu_seconds,
-            "memory_mb": memory_mb,
-            "processes": processes,
-            "disk_mb": disk_mb,
-        }
+        self.limits = _limits(wall_seconds, cpu_seconds, memory_mb, processes, disk_mb)
         self.output_bytes = output_bytes
-        self.level = NONE if isolation == "none" else best_level()
+        self.level = NONE if isolation == "none" else best_level(isolation)
         self.workers = workers or os.cpu_count() or 1
         self._free = threading.BoundedSemaphore(self.workers)
+        if self.level in (UID, NONE) and self.level not in _warned:
+            _warned.add(self.level)
+            log.warning("isolation=%s: %s", isolation, " ".join(self.guarantees()))
 
     def guarantees(self) -> tuple[str, ...]:
         """Return what holds for a program in this cage, in sentences."""
@@ -130,7 +153,8 @@ class Cage:
         """Run a program's text, then each test's text, which finds it as the module `solution`.
 
         A test passes where it runs to its end without raising. Each has a copy of the program as it was
-        after loading, and none where that failed. Raises RuntimeError where the cage itself breaks.
+        after loading, and none where that failed; all share /tmp. Raises RuntimeError where the cage
+        itself breaks.
         """
         with self._free:
             try:
@@ -139,42 +163,51 @@ class Cage:
                 raise RuntimeError(f"the cage ({self.level}) broke, which is no verdict: {error}") from None
 
 
-_best: list[str] = []
+_best: dict[str, str] = {}
+_warned: set[str] = set()
 _asking = threading.Lock()
 
 # what must not be possible in a cage that is said to have walls
 _PROBE = f"""
-import fractions, socket
-def outside():
+import ctypes, fractions, socket
+def opens():
     try:
         open({str(SCRIPT)!r}).close()
     except OSError:
-        return True
-    return False
+        return False
+    return True
+def connects():
+    try:
+        socket.socket(40, socket.SOCK_STREAM).close()  # AF_VSOCK, known to no network namespace
+    except OSError:
+        return False
+    return True
+def shares():
+    return ctypes.CDLL(None).shmget(0, 4096, 0o1600) != -1
 """
+_HOLES = ("opens", "connects", "shares") if FILTERED else ("opens",)
 
 
-def best_level() -> str:
-    """Return the strongest isolation that works here; raises InputError where none does."""
+def best_level(isolation: str = "auto") -> str:
+    """Return the strongest level of an isolation that works here; raises InputError where none does."""
     with _asking:
-        if not _best:
-            _best.append(_find_level())
-        return _best[0]
+        if isolation not in _best:
+            _best[isolation] = _find_level(isolation)
+        return _best[isolation]
 
 
-def _find_level() -> str:
+def _find_level(isolation: str) -> str:
     reasons = []
-    for level in (NAMESPACES, USER, UID):
+    for level in LEVELS[isolation]:
         # the kernel never limits the number of root's processes, so root must become somebody else
         if (level == USER) == (os.geteuid() == 0):
             reasons.append(f"{level}: {'not ' if level == USER else 'only '}for root")
             continue
         tests = ["import solution"]
         if level != UID:
-            tests.append("from solution import outside\nassert outside()")
+            tests += [f"import solution\nassert not solution.{hole}(), '{hole}'" for hole in _HOLES]
         try:
-            limits = Cage(isolation="none").limits
-            outcome = _run(_PROBE, tests, level, limits, 1 << 16)
+            outcome = _run(_PROBE, tests, level, _limits(8.0, None, 1024, 16, 16), 1 << 16)
         except CageError as error:
             reasons.append(f"{level}: {error}")
             continue
@@ -184,8 +217,9 @@ def _find_level() -> str:
     raise InputError(
         f"programs can't be walled in here ({'; '.join(reasons)}), so none is run. Let users make "
         "namespaces (sysctl user.max_user_namespaces above 0, kernel.unprivileged_userns_clone=1, "
-        "kernel.apparmor_restrict_unprivileged_userns=0), or in a container grant CAP_SYS_ADMIN or run as "
-        "root; or, where a program may do all that you may, set task.isolation=none"
+        "kernel.apparmor_restrict_unprivileged_userns=0), or in a container grant CAP_SYS_ADMIN to root. "
+        "With less, by your leave: task.isolation=user_id, as root, keeps a program from your processes "
+        "and private files, but not from the network nor /tmp; task.isolation=none lets it do what you may"
     )
 
 
@@ -206,37 +240,35 @@ def _run(
     program: str, tests: Sequence[str], level: str, limits: dict[str, Any], output_bytes: int
 ) -> Outcome:
     started = time.monotonic()
-    walls = level in (NAMESPACES, USER)
-    uid = unused_id() if level in (NAMESPACES, UID) else None
-    with tempfile.TemporaryFile() as job, nullcontext("/") if walls else _folder(uid) as folder:
-        job.write(json.dumps({"program": program, "tests": list(tests)}).encode())
-        job.seek(0)
-        plan = {**limits, "walls": walls, "uid": uid, "folder": folder, "parent": os.getpid()}
-        seen = _watch(plan, job.fileno(), output_bytes)
+    try:
+        plan = {
+            **limits,
+            "walls": level in (NAMESPACES, USER),
+            "uid": unused_id() if level in (NAMESPACES, UID) else None,
+            "parent": os.getpid(),
+            "temporary": tempfile.gettempdir(),
+        }
+        with tempfile.TemporaryFile() as job:
+            job.write(json.dumps({"program": program, "tests": list(tests)}).encode())
+            job.seek(0)
+            seen = _watch(plan, job.fileno(), output_bytes)
+    except OSError as short:  # of descriptors, processes or space
+        raise CageError(f"{type(short).__name__}: {short}") from short
     facts = [json.loads(line) for line in seen.reports.splitlines()]
     printed = seen.output.decode(errors="replace")[-TAIL:]
     if {"ready": True} not in facts:
         raise CageError(facts[0]["broken"] if facts else f"it ended without a word; it printed: {printed}")
     # a program that did not load fails each test; a test without a report was cut off
-    loaded: list[str] = next((fact["loaded"] for fact in facts if "loaded" in fact), ["passed", ""])
+    loaded: list[str] = next(
+        (fact["loaded"] for fact in facts if "loaded" in fact), [seen.cut or "killed", ""]
+    )
     ends = [[seen.cut or "killed", ""] if loaded[0] == "passed" else loaded] * len(tests)
     for fact in facts:
         if "test" in fact:
             ends[fact["test"]] = fact["outcome"]
-    kind, error = next((end for end in ends if end[0] != "passed"), ["passed", ""])
+    kind, error = next((end for end in [loaded, *ends] if end[0] != "passed"), ["passed", ""])
     passed = tuple(end[0] == "passed" for end in ends)
     return Outcome(kind, passed, error, time.monotonic() - started, printed)
-
-
-def _folder(uid: int | None) -> tempfile.TemporaryDirectory[str]:
-    """Return a working folder, for a cage that does not bring its own."""
-    folder = tempfile.TemporaryDirectory(prefix="spg-cage-", ignore_cleanup_errors=True)
-    try:
-        os.chown(folder.name, -1 if uid is None else uid, -1 if uid is None else uid)
-    except OSError as error:
-        folder.cleanup()
-        raise CageError(f"its folder can't be given to user id {uid}: {error}") from error
-    return folder
 
 
 @dataclass
@@ -251,7 +283,15 @@ class _Seen:
 def _watch(plan: dict[str, Any], job: int, output_bytes: int) -> _Seen:
     """Start a cage and read what it says until it ends, prints too much or is late."""
     seen = _Seen()
-    here, there = os.pipe()
+    here, low = os.pipe()
+    # above the standard ones, which the child's will replace, even where the parent has closed its own
+    try:
+        there = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3)
+    except OSError:
+        os.close(here)
+        raise
+    finally:
+        os.close(low)
     # no hash seed of chance: a program's sets keep their order from one run to the next
     options = ["-s", "-S", "-P", "-B", "-u", "-X", "utf8"]
     command = [os.path.realpath(sys.executable), *options, str(SCRIPT)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -32,16 +33,25 @@ def new_cage(**settings: object) -> Cage:
         pytest.skip(str(error))
 
 
-def at_level(level: str) -> Cage:
+def at_level(level: str, monkeypatch: pytest.MonkeyPatch) -> Cage:
     """Return a cage of one kind of isolation, or skip the test where this machine has not got it."""
     cage = Cage(wall_seconds=1.0, memory_mb=256, isolation="none")
     cage.level = level
-    try:
-        if not cage.run("import fractions").passed[0]:
-            pytest.skip(f"{level}: the interpreter's library can't be read by other users here")
-    except RuntimeError as error:
-        pytest.skip(f"{level}: {error}")
-    return cage
+    for interpreter in (sys.executable, "/usr/bin/python3"):
+        monkeypatch.setattr(sys, "executable", interpreter)
+        try:
+            if cage.run("import fractions\nassert __import__('sys').version_info >= (3, 11)").passed[0]:
+                return cage
+        except RuntimeError as error:
+            pytest.skip(f"{level}: {error}")
+    pytest.skip(f"{level}: the interpreter's library can't be read by other users here")
+
+
+def strangers() -> list[str]:
+    """Return the files in public folders that belong to a user id without a name."""
+    known = {entry.pw_uid for entry in pwd.getpwall()}
+    places = [Path(place) for place in ("/tmp", "/var/tmp", "/dev/shm") if Path(place).is_dir()]
+    return sorted(str(f) for place in places for f in place.iterdir() if f.lstat().st_uid not in known)
 
 
 def processes() -> list[str]:
@@ -68,7 +78,8 @@ def nothing_is_left(
 
     def state() -> tuple[object, ...]:
         mounts = Path("/proc/self/mounts").read_text()
-        return mounts, sorted(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
+        shared = [name for name in os.listdir("/dev/shm") if name.startswith("spg")]
+        return mounts, shared, len(os.listdir("/proc/self/fd")), strangers()
 
     before = state()
     yield
@@ -89,6 +100,14 @@ def test_right_and_wrong_programs() -> None:
     assert outcome.output == "seen\n"
     for broken in ("def f(:", "raise ValueError('no')", "1 / 0", "import nowhere", "", "x = input()"):
         assert cage.run(broken, [TEST]).kind == "failed", broken
+
+
+def test_a_run_without_tests_passes_only_where_the_program_loads() -> None:
+    cage = new_cage(wall_seconds=0.5)
+    for program, kind in {RIGHT: "passed", "1 / 0": "failed", "while True: pass": "timeout"}.items():
+        outcome = cage.run(program, [])
+        assert (outcome.kind, outcome.passed) == (kind, ())
+    assert cage.run("import os\nos._exit(0)", []).kind == "killed"
 
 
 def test_it_is_quick() -> None:
@@ -127,7 +146,7 @@ def programs(text: str) -> dict[str, str]:
 
 
 VALUES = r"""
-import collections, datetime, decimal, fractions
+import collections, datetime, decimal, enum, fractions
 def same(x): return x
 def kinds():
     point = collections.namedtuple("point", "a b")
@@ -136,6 +155,7 @@ def kinds():
         {"a": (1,), 2: None}, range(3), collections.deque([1]), collections.Counter("aab"), point(1, 2),
         collections.OrderedDict(a=1), collections.defaultdict(int, a=1), decimal.Decimal("1.10"),
         fractions.Fraction(1, 3), datetime.date(2024, 2, 29), datetime.datetime(2024, 1, 1, 2), int,
+        datetime.timedelta(1, 2, 3),
     ]
 def sort(xs): xs.sort()
 def grow(d): d["new"] = d.pop("old")
@@ -151,6 +171,29 @@ def logged(g):
     return inner
 def refuse(x): raise Odd("no " + x)
 class Odd(ValueError): pass
+def change(x, *, k=None):
+    x[0].append([1])
+    if k is not None: k["a"] = [True]
+    if len(x[0]) > 2: raise KeyError("k", (1, None))
+    return x[0]
+def ordered(*pairs): return collections.OrderedDict(pairs)
+def views(d): return d.keys(), d.values(), d.items()
+def total(xs): return sum(xs)
+def first(n, xs): return [x for _, x in zip(range(n), xs)]
+def kind_of(x): return type(x).__name__
+def drain(g): return list(g())
+def pair(a, b): return Point(a, b)
+Point = collections.namedtuple("Point", "x y")
+class LRU(collections.OrderedDict):
+    def __init__(self, n): super().__init__(); self.n = n
+    def put(self, k, v):
+        self[k] = v
+        if len(self) > self.n: self.popitem(last=False)
+class Pile(list):
+    def top(self): return self[-1]
+class Color(str, enum.Enum):
+    RED = "red"
+def colors(): return [Color.RED]
 LIMIT = 7
 class Stack:
     kind = "stack"
@@ -182,7 +225,7 @@ assert kinds() == [
     None, True, -2**70, 0.1, float('inf'), 1 + 2j, '\u00e9\ud800', b'a', (1, [2]), {1}, frozenset({2}),
     {'a': (1,), 2: None}, range(3), collections.deque([1]), {'a': 2, 'b': 1}, (1, 2), {'a': 1}, {'a': 1},
     decimal.Decimal('1.10'), fractions.Fraction(1, 3), datetime.date(2024, 2, 29),
-    datetime.datetime(2024, 1, 1, 2), int,
+    datetime.datetime(2024, 1, 1, 2), int, datetime.timedelta(1, 2, 3),
 ]
 == in place
 from solution import sort, grow, turn
@@ -191,8 +234,47 @@ assert sort(x) is None and x == [1, 3]
 grow(d)
 turn(m)
 assert d == {'new': 1} and m == [[2, 1], [4, 3]]
+== in place, deeper
+import pytest
+from solution import change
+row, held = [0], {'a': [1]}
+rows = (row, row)
+assert change(rows, k=held) is row and row == [0, [1]] and held['a'][0] is True
+with pytest.raises(KeyError) as seen:
+    change(rows)
+assert row == [0, [1], [1]] and seen.value.args == ('k', (1, None))
+inner = [7]
+outer = [inner, 'x', inner]
+change(outer)
+assert outer[0] is inner is outer[2] and inner == [7, [1]]
+== contain themselves
+from solution import same
+x = [1]
+x.append(x)
+assert same(x) is x and x[1] is x
+== order counts
+import collections
+from solution import ordered, same
+assert ordered((1, 2), (3, 4)) == collections.OrderedDict([(1, 2), (3, 4)])
+assert ordered((1, 2), (3, 4)) != collections.OrderedDict([(3, 4), (1, 2)])
+assert same(collections.Counter('aab'))['z'] == 0
+== views and iterators
+import itertools
+from solution import first, same, total, views
+keys, values, items = views({'a': 1, 'b': 2})
+assert keys == {'a', 'b'} and list(values) == [1, 2] and list(items) == [('a', 1), ('b', 2)]
+assert total({1: 2, 3: 4}.keys()) == 4 and total({1: 2, 3: 4}.values()) == 6 and same({}.items()) == set()
+assert total(iter([1, 2])) == 3 and total(x * x for x in range(4)) == 14 and total(map(int, '12')) == 3
+assert first(3, itertools.count()) == [0, 1, 2]
+== other arguments
+import array, datetime, pathlib
+from solution import kind_of, same, total
+step = datetime.timedelta(days=-1, microseconds=5)
+for x in (step, array.array('d', [1, 2]), slice(1, None), pathlib.Path('a/b')):
+    assert kind_of(x) == type(x).__name__ and same(x) == x
 == generators
 from solution import count
+assert list(count(20000)) == list(range(20000))
 assert list(count(3)) == [0, 1, 2] and next(count(1)) == 0 and sum(count(4)) == 6
 == functions
 from solution import twice, logged
@@ -222,6 +304,25 @@ assert s == Stack(1, 2) and s != Stack() and s + Stack(3) == Stack(1, 2, 3) and 
 assert isinstance(s, Stack) and s.items == [1, 2] and Stack.kind == 'stack' and s and not Stack()
 s.items = [9]
 assert s.items == [9] and isinstance(Stack(), Stack) and not isinstance(1, Stack)
+== objects that are containers too
+from solution import LRU, Pile, Point, pair
+cache = LRU(2)
+for n in range(3): cache.put(n, str(n))
+assert list(cache) == [1, 2] and cache == {1: '1', 2: '2'} and cache != {1: '1'} and cache.n == 2
+pile = Pile([1, 2])
+pile.append(3)
+assert pile.top() == 3 and len(pile) == 3 and pile == [1, 2, 3] and [1, 2, 3] == pile and pile[0] == 1
+p = pair(1, 2)
+assert p.x == 1 and p == (1, 2) and p == Point(1, 2) and p != (2, 1) and p in [(1, 2)]
+a, b = p
+assert (a, b) == (1, 2) and isinstance(p, Point)
+== tuples without their class
+from solution import pair, colors
+assert pair(1, 2) == (1, 2) and isinstance(pair(1, 2), tuple) and colors() == ['red']
+== enumerations
+from solution import Color, colors
+assert Color.RED == 'red' and Color.RED.value == 'red' and Color('red') is Color.RED
+assert colors() == [Color.RED]
 """)
 
 
@@ -240,6 +341,7 @@ def test_values_cross(name: str) -> None:
         "from solution import missing",
         "from solution import Stack\nassert Stack(1) == [1]",
         "from solution import Stack\nassert Stack(1) == Stack(2)",
+        "import pytest\nfrom solution import same\npytest.raises(ValueError, same, 1)",
     ],
 )
 def test_what_is_wrong_fails(test: str) -> None:
@@ -265,13 +367,18 @@ class TestAll:
         self.x = 4
     def test_it(self):
         assert f(self.x) == 5
+def test_call():
+    assert "int" in str(pytest.raises(TypeError, f, "1").value)
 @pytest.mark.parametrize("x", [1, 2])
 def test_wrong(x):
     assert f(x) == 2
+@pytest.mark.parametrize("x", [])
+def test_nothing(x):
+    pass
 """
-    calls = ("test_pairs", "test_near", "TestAll().test_it", "test_wrong")
+    calls = ("test_pairs", "test_near", "TestAll().test_it", "test_call", "test_wrong", "test_nothing")
     tests = [f"{test}\n__import__('pytest').run({call})" for call in calls]
-    assert new_cage().run(RIGHT, tests).passed == (True, True, True, False)
+    assert new_cage().run(RIGHT, tests).passed == (True, True, True, True, False, False)
 
 
 # --- programs that want to pass without being right --------------------------------------------------
@@ -404,6 +511,37 @@ import sys
 sys.settrace(lambda *a: None)
 sys.excepthook = lambda *a: None
 def f(x): return 0
+== make a class beside the tests
+import sys
+def f(x):
+    frame = sys._getframe()
+    while type(line := frame.f_locals.get('self')).__name__ != 'Line': frame = frame.f_back
+    yes, zero = lambda *a: True, lambda *a: 0
+    body = {'__eq__': yes, '__call__': yes, '__sub__': zero, '__rsub__': zero}
+    return line.ask('call', line.ask('call', type, 'A', (object,), body))
+== name a class of the tests
+import __main__
+encode = __main__.Line.encode
+def forged(self, value, seen): return ['class', 'property'] if value == 'p' else encode(self, value, seen)
+def f(x):
+    __main__.Line.encode = forged
+    return 'p'
+== ask with what was not lent
+import __main__
+serve = __main__.Line.serve
+def asking(self, *request):
+    named = ['dict', ['tuple', []]]
+    self.send(['ask', 'call', ['tuple', [['class', 'exec'], 'raise SystemExit']], named, True])
+    print(self.receive())
+    serve(self, *request)
+__main__.Line.serve = asking
+def f(x): return 0
+== an object in an error
+import __main__
+__main__.Line.shown = lambda self, value: value
+class A:
+    def __str__(s): return 'x'
+def f(x): raise ValueError(A())
 == read the tests
 import os
 def f(x):
@@ -445,6 +583,39 @@ def test_an_always_equal_class_passes_only_tests_that_name_it() -> None:
     assert new_cage().run(program, tests).passed == (True, False, False, False, False)
 
 
+FORGE = """
+def f(g):
+    yes = lambda *a: True
+    return g(g(type, 'A', (object,), {'__eq__': yes, '__call__': yes}))
+def pass_on(g, x): return g(x)
+"""
+
+
+def test_a_function_that_calls_what_it_is_given_makes_no_class() -> None:
+    """What a test hands over may be called with anything that the program sends, hence no classes."""
+    tests = [
+        "from solution import f\nassert f(lambda h, *a: h(*a)) == 5",
+        "from solution import pass_on\nassert pass_on(lambda h: h('7'), int) == 7",
+    ]
+    assert new_cage().run(FORGE, tests).passed == (False, True)
+
+
+def test_only_a_class_is_believed() -> None:
+    """A test that imports a constant in capitals trusts the program no more for it."""
+    always = "class A:\n    def __eq__(s, o): return True\n    def __lt__(s, o): return True\n"
+    test = "from solution import {}, f\nassert f(1) < 5"
+    tests = [test.format("LIMIT"), test.format("MAX_SIZE"), test.format("A")]
+    program = f"{always}LIMIT, MAX_SIZE = A(), A\ndef f(x): return A()"
+    assert new_cage().run(program, tests).passed == (False, False, True)
+
+
+def test_an_error_that_holds_an_object_hides_no_later_test() -> None:
+    tests = ["from solution import A, f\nassert f(1) == 2", "from solution import g\nassert g(1) == 2"]
+    outcome = new_cage().run(CHEATS["an object in an error"] + "\ndef g(x): return 2\n", tests)
+    assert outcome.passed == (False, True)
+    assert outcome.error == "ValueError"
+
+
 # --- programs that want to harm ----------------------------------------------------------------------
 
 SECRET = "a-secret-of-the-parent"
@@ -473,6 +644,32 @@ while True: x.append(bytearray(1 << 20))
 import os
 n = os.memfd_create('x')
 while True: os.write(n, b'0' * (1 << 20))
+== shared memory of System V
+import ctypes
+assert ctypes.CDLL(None).shmget(0, 300 << 20, 0o1600) != -1
+== semaphores
+import ctypes
+assert ctypes.CDLL(None).semget(0, 1, 0o1600) != -1
+== message queue
+import ctypes
+assert ctypes.CDLL(None).msgget(0, 0o1600) != -1
+== keyring
+import ctypes, os
+assert ctypes.CDLL(None).syscall(250 if os.uname().machine == 'x86_64' else 219, 0, -3, 0) >= 0
+== io_uring
+import ctypes
+assert ctypes.CDLL(None).syscall(425, 1, bytes(120)) >= 0
+== calls of 32 bits
+import ctypes, mmap
+page = mmap.mmap(-1, 4096, prot=7)
+page.write(b'\x53\xb8\x14\x00\x00\x00\xcd\x80\x5b\xc3')  # int 0x80: getpid
+assert ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))() > 0
+== virtual machine's socket
+import socket
+socket.socket(40, socket.SOCK_STREAM)
+== core file
+import resource
+assert resource.getrlimit(resource.RLIMIT_CORE)[0] != 1
 == remove
 import os
 os.remove({canary!r})
@@ -701,8 +898,8 @@ def test_the_same_program_ends_the_same() -> None:
 
 
 @pytest.mark.parametrize("level", [NAMESPACES, USER, UID, NONE])
-def test_every_level_runs_and_clears_up(level: str) -> None:
-    cage = at_level(level)
+def test_every_level_runs_and_clears_up(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cage = at_level(level, monkeypatch)
     assert cage.run(RIGHT, [TEST]).kind == "passed"
     for name in ("leave", "always equal", "kill the first process" if level != NONE else "frames"):
         assert cage.run(CHEATS[name], [TEST]).kind != "passed", name
@@ -715,11 +912,15 @@ def test_every_level_runs_and_clears_up(level: str) -> None:
 
 
 @pytest.mark.parametrize("level", [NAMESPACES, USER])
-@pytest.mark.parametrize("name", ["fork bomb", "mount", "unwall", "leave the root", "change the library"])
-def test_both_walls_hold(level: str, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    "fork bomb/mount/unwall/leave the root/change the library/shared memory of System V/10 GB nowhere/"
+    "keyring/virtual machine's socket".split("/"),
+)
+def test_both_walls_hold(level: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if (level, name) == (USER, "fork bomb") and os.geteuid() == 0:
         pytest.skip("the kernel does not count root's processes, so root never gets this level")
-    assert at_level(level).run(f"{HARM[name]}\n{RIGHT}", [TEST]).kind != "passed"
+    assert at_level(level, monkeypatch).run(f"{HARM[name]}\n{RIGHT}", [TEST]).kind != "passed"
 
 
 def test_guarantees_differ_where_the_network_is_open() -> None:
@@ -730,19 +931,39 @@ def test_guarantees_differ_where_the_network_is_open() -> None:
         assert open_ == (level in (UID, NONE))
 
 
-def test_nothing_runs_where_nothing_walls_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> Outcome:
+def test_nothing_runs_where_nothing_walls_in(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An unused user id alone is no wall: it is taken only on request, as `none` is, and both are logged."""
+    tried = []
+
+    def broken(program: str, tests: list[str], level: str, *_: object) -> Outcome:
+        tried.append(level)
+        if level == UID:
+            return Outcome("passed", (True,), "", 0.0, "")
         raise CageError("unshare: not permitted")
 
-    monkeypatch.setattr(cages, "_best", [])
+    monkeypatch.setattr(cages, "_best", {})
+    monkeypatch.setattr(cages, "_warned", set())
     monkeypatch.setattr(cages, "_run", broken)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     with pytest.raises(
-        InputError, match=r"can't be walled in .*unshare: not permitted.*task\.isolation=none"
+        InputError,
+        match=r"can't be walled in .*unshare: not permitted.*sysctl.*isolation=user_id.*task\.isolation=none",
     ):
         Cage()
-    assert Cage(isolation="none").level == NONE
+    assert UID not in tried
+    assert caplog.text == ""
+    for _ in range(2):
+        assert Cage(isolation="none").level == NONE
+        assert Cage(isolation="user_id").level == UID
+    assert [record.message.count("NOT closed") for record in caplog.records] == [1, 1]
     with pytest.raises(RuntimeError, match=r"\(none\) broke, which is no verdict: unshare"):
         Cage(isolation="none").run(RIGHT)
+    monkeypatch.setattr(os, "geteuid", lambda: 1)
+    monkeypatch.setattr(cages, "_best", {})
+    with pytest.raises(InputError, match="user id: only for root"):
+        Cage(isolation="user_id")
 
 
 def test_a_level_that_does_not_wall_in_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -752,11 +973,52 @@ def test_a_level_that_does_not_wall_in_is_not_taken(monkeypatch: pytest.MonkeyPa
     def unwalled(program: str, tests: list[str], level: str, *rest: object) -> Outcome:
         return real(program, tests, NONE, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cages, "_best", [])
+    monkeypatch.setattr(cages, "_best", {})
     monkeypatch.setattr(cages, "_run", unwalled)
     monkeypatch.setattr(os, "geteuid", lambda: 1)
-    with pytest.raises(InputError, match="user namespace: failed AssertionError"):
+    with pytest.raises(InputError, match="user namespace: failed AssertionError: opens"):
         Cage()
+
+
+def test_the_files_of_an_unused_user_id_are_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = """
+import os, stat
+for place in ("/tmp", "/dev/shm", "."):
+    os.makedirs(place + "/spg-cage-test/inner", mode=0o700)
+    open(place + "/spg-cage-test/inner/file", "w").close()
+    os.symlink("/etc", place + "/spg-cage-test-link")
+    os.chmod(place + "/spg-cage-test/inner", 0)
+"""
+    cage = at_level(UID, monkeypatch)
+    outcome = cage.run(program + RIGHT, [TEST])
+    assert outcome.kind == "passed", outcome
+    assert not [str(path) for place in ("/tmp", "/dev/shm") for path in Path(place).glob("spg-cage-test*")]
+    assert Path("/etc/passwd").exists()
+
+
+def run_apart(text: str, tmp_path: Path) -> str:
+    """Run a text in an interpreter of its own and return what it wrote to the file `said`."""
+    said = tmp_path / "said"
+    text = f"import os, sys\nfrom spg.cage import Cage\nsaid = open({str(said)!r}, 'w')\n{text}"
+    subprocess.run([sys.executable, "-c", text], cwd=ROOT, timeout=60, check=True)
+    return said.read_text()
+
+
+def test_a_parent_without_standard_files_can_run_programs(tmp_path: Path) -> None:
+    text = f"os.closerange(0, 3)\nsaid.write(Cage(isolation='none').run({RIGHT!r}, [{TEST!r}]).kind)"
+    assert run_apart(text, tmp_path) == "passed"
+
+
+def test_a_parent_without_free_descriptors_gets_no_verdict(tmp_path: Path) -> None:
+    text = (
+        "cage, held = Cage(isolation='none'), []\n"
+        "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
+        "try:\n    while True: held.append(os.open('/dev/null', 0))\nexcept OSError: pass\n"
+        f"for _ in range(6):\n    try: said.write(cage.run({RIGHT!r}, [{TEST!r}]).kind + ' ')\n"
+        "    except RuntimeError as error: said.write(str('which is no verdict' in str(error)) + ' ')\n"
+        "    os.close(held.pop())\n"
+    )
+    assert set(run_apart(text, tmp_path).split()) == {"True"}
 
 
 def test_a_cage_that_breaks_gives_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -793,11 +1055,15 @@ def test_threads_share_a_cage() -> None:
     assert kinds == ["passed", "failed"] * 6
 
 
-def test_the_cage_dies_with_its_parent() -> None:
-    new_cage()
+@pytest.mark.parametrize("isolation", ["auto", "none"])
+def test_the_cage_dies_with_its_parent(isolation: str, tmp_path: Path) -> None:
+    if isolation == "auto":
+        new_cage()
     program = "print('up', flush=True)\\nwhile True: pass"
-    script = f"from spg.cage import Cage\nCage(wall_seconds=60.0).run({program!r}.replace('\\\\n', chr(10)))"
-    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    settings = f"wall_seconds=60.0, isolation={isolation!r}"
+    script = f"from spg.cage import Cage\nCage({settings}).run({program!r}.replace('\\\\n', chr(10)))"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment)
 
     def caged() -> list[int]:
         found = []
@@ -821,6 +1087,7 @@ def test_the_cage_dies_with_its_parent() -> None:
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     assert wait_for(range(1)) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def many_runs(count: int) -> None:

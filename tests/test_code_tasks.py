@@ -12,7 +12,7 @@ import pytest
 
 from spg.errors import InputError
 from spg.tasks import code
-from spg.tasks.code import Coding, is_blocked, program_in
+from spg.tasks.code import LONGEST, Coding, compiles, is_blocked, parsed, program_in
 from spg.tasks.humaneval import HumanEval
 from spg.tasks.mbpp import MBPP
 from spg.tasks.rows import read
@@ -169,6 +169,36 @@ def test_the_data_set_s_own_form_of_completion_is_the_body(humaneval: HumanEval)
     body = "if number < 1:\n        return number\n    return number % 1.0"
     assert humaneval.measure(row, fenced(body))["accuracy"] == 1.0, "the first line's indentation is lost"
     assert humaneval.measure(row, "    return 0.0\n") == {"accuracy": 0.0, "tests": 0.0}
+    for further in (
+        "def check(candid",
+        "class A:",
+        "if __name__ == '__main__':",
+        "print(1 /",
+        "# Now I",
+        "#",
+    ):
+        body = f"    part = number % 1.0\n# of one\n    return part\n\n\n{further}\n"
+        assert humaneval.measure(row, body)["accuracy"] == 1.0, further
+    helped = "    return helper(number)\n\ndef helper(x):\n    return x % 1.0\n"
+    assert humaneval.measure(row, helped)["accuracy"] == 0.0, "the published evaluation cuts here too"
+
+
+def test_ways_of_writing_the_whole_function(humaneval: HumanEval) -> None:
+    row = humaneval.example_of({"task_id": "HumanEval/2"})
+    whole = "def truncate_number(number):\n    return number % 1.0\n"
+    typed = f"from __future__ import annotations\nimport math\n{whole}".replace("number):", "number: Any):")
+    example = "```python\nprint(truncate_number(3.5))\n```"
+    indented = whole.replace("\n", "\n   ")
+    other = "```python\ndef main():\n    print(truncate_number(3.5))\n```"
+    for text in (
+        fenced(typed),
+        fenced("\ufeff" + whole),
+        whole + "<|endoftext|><|endoftext|>",
+        f"```python\n{whole}```\nIt is used so:\n{example}\n{other}",
+        fenced(f"{whole}```\n{example}\n```python\ntruncate_number(1)"),
+        f"1. As a function:\n   ```python\n   {indented}\n   ```\n<|eot_id|>",
+    ):
+        assert humaneval.measure(row, text)["accuracy"] == 1.0, text
 
 
 def test_published_halves(humaneval: HumanEval) -> None:
@@ -272,6 +302,10 @@ def test_prompts_of_another_code_base(tmp_path: Path) -> None:
         ("```python\nx = 1\n```\n<answer>see above</answer>", "x = 1\n"),
         ("```\nx = 1\n```", "x = 1\n"),
         ("```python\nx = 1\n```\nprints\n```\n1\n```", "1\n"),
+        ("```python\ndef f(): pass\n```\nprints\n```\n1\n```", "def f(): pass\n"),
+        ("<answer>```python\nclass A: pass\n```\nor\n```python\nA()\n```</answer>", "class A: pass\n"),
+        ("- so:\n  ```python\n  import x\n  x.y\n  ```", "import x\nx.y\n"),
+        ("\ufeffx = 1<|endoftext|>", "x = 1"),
         ("<answer>x = 1</answer>", "x = 1"),
         ("<answer></answer>", None),
         ("    return 1\n", "    return 1\n"),
@@ -284,8 +318,53 @@ def test_where_the_program_is_found(completion: str, program: str | None) -> Non
 
 
 def test_reading_is_quick_on_long_nonsense() -> None:
-    for text in ("<answer>" * 20000, "```python\n" * 20000, "`" * 100000, "```" + "x" * 100000):
+    many = "```python\n x\n```" * 9000
+    for text in (
+        "<answer>" * 20000,
+        "```python\n" * 20000,
+        "`" * 100000,
+        "```" + "x" * 100000,
+        many,
+        " " * 99999,
+    ):
         program_in(text)
+
+
+@pytest.mark.parametrize("kind", [HumanEval, MBPP])
+def test_a_program_that_crashes_the_parser_is_no_python(kind: type[Coding], tmp_path: Path) -> None:
+    """Without the limit of length this ends the test run: the interpreter's compiler overflows its stack."""
+    task = make(kind, tmp_path)
+    crash = "    return [x " + "for x in y " * 50000 + "]"
+    for example in (task.examples("heldout")[0], task.examples("train")[2]):
+        for text in (crash, fenced(crash), fenced(f"def f():\n{crash}")):
+            assert task.measure(example, text) == {"accuracy": 0.0, "tests": 0.0}
+            assert task.reward(example, text)["tests"] == 0.0
+    assert not is_blocked(crash)
+    assert parsed("x" * LONGEST) is not None
+    assert parsed("x" * (LONGEST + 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("head", "unit", "tail"),
+    [
+        ("[x ", "for x in y ", "]"),
+        ("async def f():\n  return [x ", "async for x in y ", "]"),
+        ("if a: pass\n", "elif a: pass\n", ""),
+        ("", "a if b else ", "c"),
+        ("", "-", "1"),
+        ("", "not ", "1"),
+        ("x", ".a", ""),
+        ("x", "()", ""),
+        ("x", "**x", ""),
+        ("", "f(", "1"),
+        ("", "lambda:", "1"),
+        ("", "x=", "1"),
+    ],
+)
+def test_no_program_of_allowed_length_crashes_it(head: str, unit: str, tail: str) -> None:
+    program = head + unit * ((LONGEST - len(head + tail)) // len(unit)) + tail
+    parsed(program)
+    compiles(program)
 
 
 @pytest.mark.parametrize("reward", ["intended", "released"])
@@ -361,7 +440,13 @@ def test_bad_settings_are_named(tmp_path: Path) -> None:
         MBPP(reward="luck")
     with pytest.raises(InputError, match=r"task\.parser=d1 is not one of those of humaneval: fenced"):
         HumanEval(parser="d1")
-    for setting in ({"isolation": "some"}, {"wall_seconds": 0.0}, {"memory_mb": 0}, {"workers": -1}):
+    for setting in (
+        {"isolation": "some"},
+        {"isolation": "user id"},
+        {"wall_seconds": 0.0},
+        {"memory_mb": 0},
+        {"workers": -1},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* is out of range; allowed"):
             MBPP(**setting)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="split='dev' is unknown; allowed: train, validation"):
@@ -412,7 +497,7 @@ def test_lines_of_saved_generations_that_tell_of_nothing(tmp_path: Path) -> None
 def test_nothing_runs_before_a_program_is_scored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Looking at data or prompts needs no cage; scoring refuses where there is none."""
 
-    def refuse() -> str:
+    def refuse(_: str) -> str:
         raise InputError("programs can't be walled in here")
 
     monkeypatch.setattr("spg.cage.best_level", refuse)

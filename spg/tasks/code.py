@@ -10,6 +10,7 @@ import ast
 import logging
 import os
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -30,16 +31,34 @@ KODCODE = Published("KodCode/KodCode-Light-RL-10K", "train", ("question", "solut
 
 FENCE = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL)
 PYTHON = ("python", "python3", "py")
+NO_TEXT = re.compile(r"\ufeff|<\|(?:endoftext|eot_id)\|>")
+# characters of a program: the interpreter's own parser crashes on some that are far longer
+LONGEST = 64_000
 # SPG's coding reward is not public; these are the modules that the public one of d1 refuses
 BLOCKED = frozenset(
     ("os", "sys", "subprocess", "shutil", "socket", "psutil", "ctypes", "pathlib", "builtins")
 )
 
 
-def python_block(text: str) -> str | None:
-    """Return the content of the last ```python block of a text, None where it has none."""
-    blocks = [body for kind, body in FENCE.findall(text) if kind.strip().lower() in PYTHON]
+def python_block(text: str, name: str | None = None) -> str | None:
+    """Return the preferred ```python block of a text, None where it has none."""
+    return preferred([body for kind, body in FENCE.findall(text) if kind.strip().lower() in PYTHON], name)
+
+
+def preferred(blocks: Sequence[str], name: str | None) -> str | None:
+    """Return the last block that defines `name`, else that defines anything, else the last one."""
+    blocks = [outdented(block) for block in blocks]
+    for wanted in (rf"def {name}\b", r"(?:async )?def |class "):
+        found = [block for block in blocks if re.search(rf"^{wanted}", block, re.MULTILINE)]
+        if found:
+            return found[-1]
     return blocks[-1] if blocks else None
+
+
+def outdented(block: str) -> str:
+    """Return a block of whole statements that stands indented, as in a list, without that indentation."""
+    whole = len(block) <= LONGEST and re.match(r"\s+(?:async def|def|class|import|from|@)\b", block)
+    return textwrap.dedent(block) if whole else block
 
 
 def in_answer(completion: str) -> str:
@@ -48,28 +67,42 @@ def in_answer(completion: str) -> str:
     return inside.partition(CLOSE)[0] if opened else ""
 
 
-def program_in(completion: str) -> str | None:
+def program_in(completion: str, name: str | None = None) -> str | None:
     """Return the program that a completion answers with; None where it gives none.
 
-    That is the last ```python block in the answer tags, else the last block of the text, else what the
-    tags hold, else, where the text knows neither tags nor blocks, the text.
+    That is a ```python block in the answer tags, else a block of the text, else what the tags hold, else,
+    where the text knows neither tags nor blocks, the text. Of several blocks it is the last one that
+    defines `name`, else that defines anything, else the last.
     """
+    completion = NO_TEXT.sub("", completion)
     inside = in_answer(completion)
-    block = python_block(inside)
-    blocks = FENCE.findall(completion)
-    if block is None and blocks:
-        block = blocks[-1][1]
+    block = python_block(inside, name)
+    if block is None:
+        block = preferred([body for _, body in FENCE.findall(completion)], name)
     if block is None:
         block = inside if OPEN in completion else completion
     return block if block.strip() else None
 
 
 def parsed(program: str) -> ast.Module | None:
-    """Return a program's syntax tree, None where it is no Python."""
+    """Return a program's syntax tree, None where it is no Python or longer than `LONGEST`."""
+    return _tree(program) if len(program) <= LONGEST else None
+
+
+def _tree(text: str) -> ast.Module | None:
     try:
-        return ast.parse(program)
+        return ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
+
+
+def compiles(program: str) -> bool:
+    """Whether a program is Python; unlike its tree alone, this refuses a `return` outside of a function."""
+    try:
+        compile(program if len(program) <= LONGEST else "(", "solution.py", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def is_blocked(program: str) -> bool:
@@ -107,9 +140,9 @@ def borrowed(tests: str, solution: str) -> str:
 
     What they use of other modules is imported as the reference solution does it.
     """
-    tree = parsed(tests) or ast.Module([], [])
+    tree = _tree(tests) or ast.Module([], [])
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    known = defined((parsed(solution) or ast.Module([], [])).body)
+    known = defined((_tree(solution) or ast.Module([], [])).body)
     imports = (ast.Import, ast.ImportFrom)
     lines = {ast.unparse(s) for n, s in known.items() if n in used and isinstance(s, imports)}
     names = [n for n, s in known.items() if n in used and not isinstance(s, imports)]
@@ -138,7 +171,7 @@ def check_tests(test: str, prompt: str, entry_point: str) -> list[str]:
     check = defined(tree.body).get("check")
     if not isinstance(check, ast.FunctionDef):
         raise ValueError("they define no function check(candidate)")
-    given = prompt if parsed(prompt) else ""
+    given = prompt if _tree(prompt) else ""
     tests = []
     for body in one_by_one(check.body):
         one = _text([*(s for s in tree.body if s is not check), _with_body(check, body)])
@@ -173,14 +206,14 @@ def pytest_tests(test: str, solution: str) -> list[str]:
 
 def imported_names(test: str) -> list[str]:
     """Return what a test file imports from `solution`."""
-    nodes = ast.walk(parsed(test) or ast.Module([], []))
+    nodes = ast.walk(_tree(test) or ast.Module([], []))
     froms = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.module == "solution"]
     return [alias.name for node in froms for alias in node.names]
 
 
 def signatures(solution: str, names: Sequence[str]) -> list[str]:
     """Return how the reference solution declares each of these names that it defines."""
-    known = defined((parsed(solution) or ast.Module([], [])).body)
+    known = defined((_tree(solution) or ast.Module([], [])).body)
     declared = []
     for name in names:
         node = known.get(name)
@@ -205,7 +238,8 @@ class Coding:
     format only where the program is Python.
     path: file or folder with held-out rows, train_path: with KodCode's; without, the hub. prompt_file:
     prompts of another code base. isolation, wall_seconds, memory_mb: of the cage; workers: runs at once, 0
-    for one a CPU. Raises InputError for values that are not allowed, and where code can't be walled in.
+    for one a CPU. A program of more than `LONGEST` characters counts as no Python. Raises InputError for
+    values that are not allowed, and where code can't be walled in.
     """
 
     name: str
@@ -320,7 +354,7 @@ class Coding:
     def reward(self, example: Example, completion: str) -> dict[str, float]:
         """Return `format` and `tests`; a completion without a ```python block earns nothing."""
         program = self.answer(example, completion)
-        block = python_block(in_answer(completion))
+        block = python_block(in_answer(completion), example.get("entry_point"))
         refused = program is None or python_block(completion) is None
         refused = refused or (self.reward_name == "released" and is_blocked(program or ""))
         if refused:
@@ -333,7 +367,7 @@ class Coding:
 
     def answer(self, example: Example, completion: str) -> str | None:
         """Return the program that a completion holds, None where it holds none."""
-        return program_in(completion)
+        return program_in(completion, example.get("entry_point"))
 
     def measure(self, example: Example, completion: str) -> dict[str, float]:
         """Return accuracy (1 if all tests pass), and the fraction of `tests` that do."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 from spg.tasks.base import Example
-from spg.tasks.code import Coding, check_tests, parsed
+from spg.tasks.code import Coding, check_tests, compiles, parsed
 from spg.tasks.rows import Published
 
 COLUMNS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
@@ -44,16 +45,17 @@ class HumanEval(Coding):
         question, entry_point = example["question"], example["entry_point"]
         tree = parsed(program)
         if tree and any(isinstance(s, ast.FunctionDef) and s.name == entry_point for s in tree.body):
-            return question.rpartition(f"def {entry_point}(")[0] + program
+            first = "".join(FUTURE.findall(program))  # allowed at the very top alone
+            return first + question.rpartition(f"def {entry_point}(")[0] + FUTURE.sub("", program)
+        # a body alone goes on to the first line that is the model's next idea, as in the published evaluation
+        body = NEXT.split(program, maxsplit=1)[0] if INDENTED.match(program) else program
         # as it stands, with its first line stripped, or without the body's indentation
-        forms = (program, "    " + program.lstrip(), textwrap.indent(program, "    "))
-        return next((question + form for form in forms if _compiles(question + form)), question + program)
+        forms = [
+            form for p in (body, program) for form in (p, "    " + p.lstrip(), textwrap.indent(p, "    "))
+        ]
+        return next((question + form for form in forms if compiles(question + form)), question + program)
 
 
-def _compiles(program: str) -> bool:
-    # unlike ast.parse, this refuses a `return` outside of a function
-    try:
-        compile(program, "solution.py", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+INDENTED = re.compile(r"(?:[ \t]*\n)*[ \t]+\S")
+FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
+NEXT = re.compile(r"\n(?=def |class |if __name__|print\(|#(?!.*\n\s*[ \t]\S))")
