@@ -7,17 +7,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from spg import runs
 from spg.collect import complete
-from spg.config import ConfigError, build
+from spg.config import build
 from spg.decoding import Decoder
-from spg.errors import RunError
+from spg.errors import InputError, RunError
 from spg.generations import Item, Line, Source, Subject
 from spg.policy import Policy
-from spg.pretraining import build_policy
-from spg.results import BASE, DECODING
+from spg.pretraining import build_policy, check_device, check_reads
+from spg.runs import of_this_version
+from spg.sources import BASE, DECODING, fingerprints, saved_by
 from spg.tasks.base import Example, Task
 from spg.weights import load_checkpoint, load_weights
 
@@ -30,8 +30,11 @@ SAMPLES_APART = 2**32
 def models(cfg: DictConfig, task: Task, examples: Sequence[Example]) -> Source:
     """Return the models that `cfg` asks for, each with `cfg.samples` completions of every example to make.
 
-    Raises ConfigError where a run has no weights yet.
+    Raises ConfigError where a run has no weights yet, where the device is not there, and where the model
+    can't read the task's chats, all before a model is built; InputError for an example that it can't write.
     """
+    check_device(cfg)
+    check_reads(cfg, task, examples[0])
     torch.set_num_threads(cfg.threads)
     found: list[tuple[str, Path | None]] = [(BASE, None)]
     if cfg.run is not None:
@@ -45,18 +48,15 @@ def models(cfg: DictConfig, task: Task, examples: Sequence[Example]) -> Source:
     if cfg.accelerator == "cuda" or (cfg.accelerator == "auto" and torch.cuda.is_available()):
         policy.to("cuda")
     policy.eval()
-    try:  # whether the model can read the task's prompts, and its templates fit
-        first = examples[0]
-        one = torch.zeros(1, dtype=torch.long)
-        policy.prepare([first], [task.prompt(first)], [task.template(first)], one, one, decoder.gen_length)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    one = torch.zeros(1, dtype=torch.long)
+    for number, example in enumerate(examples):  # before the first is decoded, not in the middle
+        prompt, template = task.prompt(example), task.template(example)
+        try:
+            policy.prepare([example], [prompt], [template], one, one, decoder.gen_length)
+        except InputError as error:
+            raise InputError(f"example {number} of split {cfg.split} can't be completed: {error}") from error
     items = [Item(i, s, example) for i, example in enumerate(examples) for s in range(cfg.samples)]
     device = torch.cuda.get_device_name() if policy.device.type == "cuda" else policy.device.type
-    weights = Path(str(cfg.model.weights))
-    files = {name: path for name, path in found if path is not None}
-    if weights.is_file():
-        files["weights"] = weights
     return Source(
         subjects=[
             Subject(name, items, partial(_complete, policy, decoder, task, cfg.seed), _loader(policy, path))
@@ -69,7 +69,7 @@ def models(cfg: DictConfig, task: Task, examples: Sequence[Example]) -> Source:
             "weights": str(cfg.model.weights),
             "lora": cfg.model.lora is not None,
         },
-        made_with={"device": device} | {name: runs.fingerprint(path) for name, path in files.items()},
+        made_with={"device": device} | fingerprints(cfg),
         device=device,
         precision=str(next(policy.parameters()).dtype).removeprefix("torch."),
         split=cfg.split,
@@ -81,30 +81,9 @@ def _before_training(cfg: DictConfig) -> DictConfig:
     """Return the settings that base weights depend on: the run's own, whatever task is evaluated."""
     if cfg.run is None:
         return cfg
-    trained = OmegaConf.load(Path(cfg.run) / "config.yaml")
-    assert isinstance(trained, DictConfig)
+    trained = of_this_version(cfg.run)
     trained.model = cfg.model
     return trained
-
-
-def saved_by(run: Path, select: str) -> list[tuple[str, Path]]:
-    """Return name and path of the run's weights to evaluate, by the rule that will choose among them.
-
-    validation: the best checkpoint and the final weights; test_average: every checkpoint. The last checkpoint
-    stands for final weights that are not there yet. Raises ConfigError where there is nothing.
-    """
-    final = [path for path in (run / "weights.safetensors", run / "adapter") if path.exists()][:1]
-    saved = sorted(run.glob("checkpoints/*.ckpt"))
-    # what a run that went back has put aside is not its own any more
-    saved = [path for path in saved if not path.name.startswith("replaced")]
-    last = [path for path in saved if path.name == "last.ckpt"]
-    if select == "validation":
-        saved = [path for path in saved if path.name == "best.ckpt"] + (final or last)
-    else:
-        saved = saved if last else saved + final
-    if not saved:
-        raise ConfigError(f"run={run} holds neither checkpoints nor weights.safetensors yet")
-    return [(str(path.relative_to(run)), path) for path in saved]
 
 
 def _loader(policy: Policy, path: Path | None) -> Callable[[], None]:

@@ -25,6 +25,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from spg.errors import InputError
 from spg.limits import LIMITS, check_length_counted_once
@@ -298,16 +299,56 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             f"task.min_empty={cfg.task.min_empty} is above task.max_empty={cfg.task.max_empty}; lower it"
         )
-    if cfg.get("samples", 1) > 1 and cfg.temperature == 0:
-        raise ConfigError(
-            f"samples={cfg.samples} with temperature=0 would be {cfg.samples} times the same completion; "
-            "give temperature=0.9, or samples=1"
-        )
+    if "samples" in cfg and cfg.run is None:  # else the run's way of decoding decides
+        check_samples(cfg)
     if "algorithm" in cfg:
         try:
             check_length_counted_once(cfg.algorithm.normalization, cfg.algorithm.objective.length_weighting)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+
+def check_samples(cfg: DictConfig) -> None:
+    """Raise ConfigError where an evaluation would complete an example several times in the same way."""
+    if cfg.samples > 1 and cfg.temperature == 0 and cfg.decoding.remasking != "random":
+        raise ConfigError(
+            f"samples={cfg.samples} with temperature=0 would be {cfg.samples} times the same completion; "
+            "give temperature=0.9, decoding.remasking=random, or samples=1"
+        )
+
+
+def saved(path: Path) -> DictConfig | None:
+    """Return the configuration that a run or an evaluation left at `path`, None where there is none."""
+    try:
+        cfg = OmegaConf.load(path)
+    except (OSError, YAMLError):
+        return None
+    return cfg if isinstance(cfg, DictConfig) else None
+
+
+def shipped(group: str, node: Any) -> tuple[str, DictConfig] | None:
+    """Return name and settings of the shipped option of `task` or `model` that has the class of `node`."""
+    for path in sorted((CONF_DIR / group).glob("*.yaml")):
+        option = saved(path) or OmegaConf.create()
+        option = option.task if group == "task" else option
+        key = "_target_" if group == "task" else "network._target_"
+        if OmegaConf.is_config(node) and OmegaConf.select(option, key) == OmegaConf.select(node, key):
+            return path.stem, option
+    return None
+
+
+def task_of_run(argv: list[str]) -> str | None:
+    """Return `task=...` for the runs that `run=` names; None where a task is chosen, or they have not one."""
+    given = dict(line.lstrip("+").partition("=")[::2] for line in argv if not line.startswith("-"))
+    if "task" in given or not given.get("run"):
+        return None
+    found = set()
+    for run in given["run"].split(","):
+        cfg = saved(Path(run.strip("'\"")) / "config.yaml")
+        option = None if cfg is None else shipped("task", cfg.get("task"))
+        found.add(option and option[0])
+    name = found.pop() if len(found) == 1 else None
+    return None if name is None else f"task={name}"
 
 
 def unread_knobs(cfg: DictConfig) -> list[str]:

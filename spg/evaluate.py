@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,19 +19,36 @@ from spg import config, launch, runs
 from spg.config import ConfigError
 from spg.errors import Interrupted, RunError
 from spg.results import report
+from spg.sources import fingerprints
 from spg.status import at_work, read_status, write_status
 
 log = logging.getLogger(__name__)
 
 # what an evaluation may go on with in another way; both change rounding at most
 CHANGEABLE = ("eval_batch_size", "threads")
+# what says how completions are made, and nothing where they are made already
+OF_COMPLETING = (
+    "run",
+    "select",
+    "split",
+    "samples",
+    "model",
+    "pretrain",
+    "decoding",
+    "block_size",
+    "gen_length",
+    "temperature",
+    "seed",
+    "accelerator",
+)
 
 
 def job(cfg: DictConfig) -> None:
     """Evaluate as configured and leave a folder with config.yaml, generations.jsonl and results.json."""
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
-    overrides = list(hydra_cfg.overrides.task)
+    # a task that the command line did not choose is the run's own, with the run's settings
+    overrides = [line for line in hydra_cfg.overrides.task if line != os.environ.get("SPG_RUN_TASK")]
     if hydra_cfg.mode == RunMode.MULTIRUN:
         values = launch.swept_values(cfg)
         runs.one_of_many(folder, values, lambda: sweep_job(settings(cfg, overrides), folder, values))
@@ -39,12 +57,14 @@ def job(cfg: DictConfig) -> None:
 
 
 def start(cfg: DictConfig, folder: Path) -> None:
-    """Start an evaluation in `folder`; raises ConfigError where that holds one already."""
+    """Start an evaluation in `folder`; raises ConfigError where that holds one already, or a run."""
     if (folder / "generations.jsonl").exists():
         raise ConfigError(
             f"{folder} holds an evaluation already; go on with it (python -m spg.evaluate resume={folder}), "
             "or give another hydra.run.dir"
         )
+    if runs.holds_run(folder):
+        raise ConfigError(f"{folder} holds a training run; give another hydra.run.dir")
     with at_work(folder):
         runs.write_config(cfg, folder)
         _work(cfg, folder)
@@ -53,8 +73,8 @@ def start(cfg: DictConfig, folder: Path) -> None:
 def resume(path: str, overrides: list[str]) -> None:
     """Go on with the evaluation in the folder `path`; raises ConfigError where it is none, or finished."""
     folder = Path(path)
-    cfg = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
-    if not isinstance(cfg, DictConfig) or "generations" not in cfg:
+    cfg = config.saved(folder / "config.yaml")
+    if cfg is None or "generations" not in cfg:
         raise ConfigError(
             f"resume={path} is no evaluation's directory; give the one that `python -m spg.evaluate` printed"
         )
@@ -73,17 +93,30 @@ def resume(path: str, overrides: list[str]) -> None:
 
 def sweep_job(cfg: DictConfig, folder: Path, values: dict[str, Any]) -> bool:
     """Do one job of a multirun, or what is left of it; never asks the others to stop."""
-    if (folder / "config.yaml").exists():
-        before = OmegaConf.load(folder / "config.yaml")
-        assert isinstance(before, DictConfig)
+    before = config.saved(folder / "config.yaml")
+    if before is not None:
         runs.same(runs.identity(before, CHANGEABLE), runs.identity(cfg, CHANGEABLE), folder)
-    if read_status(folder).get("state") == "finished":
+    status = read_status(folder)
+    if status.get("state") == "finished":
+        _same_files(status.get("made_with", {}), cfg, folder)
         log.info("Finished already: %s", folder)
         return False
     write_status(folder, overrides=values)
     runs.write_config(cfg, folder)
     _work(cfg, folder)
     return False
+
+
+def _same_files(made_with: dict[str, Any], cfg: DictConfig, folder: Path) -> None:
+    """Raise OtherRunError where the files that a finished evaluation's figures come from are others now."""
+    before = {name: about for name, about in made_with.items() if name != "device"}
+    now = fingerprints(cfg)
+    others = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if others:
+        raise runs.OtherRunError(
+            f"{folder} holds figures of {', '.join(others)} as it was before it changed; give another "
+            "hydra.sweep.dir, or remove it"
+        )
 
 
 def _work(cfg: DictConfig, folder: Path) -> None:
@@ -123,13 +156,19 @@ def settings(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     Raises ConfigError where settings contradict each other.
     """
     config.check(cfg)
+    given = _keys(overrides)
     if cfg.generations is not None:
-        for key, default in (("run", None), ("samples", 1), ("split", "auto")):
-            if cfg[key] != default:
+        for key in given:
+            if key.partition(".")[0] in OF_COMPLETING:
                 raise ConfigError(
-                    f"{key}={cfg[key]} can't be given with generations=..., whose file says what was "
+                    f"{key}={_value(cfg, key)} can't be given with generations=..., whose file says what was "
                     "completed; leave one of the two out"
                 )
+    if "decoding.temperature" in given:
+        raise ConfigError(
+            f"decoding.temperature={cfg.decoding.temperature} is that of rollouts in training; an evaluation "
+            f"has its own: temperature={cfg.decoding.temperature}"
+        )
     merged = cfg.copy() if cfg.run is None else of_run(cfg, overrides)
     if cfg.split == "auto" and cfg.generations is None:
         # a checkpoint that the validation half chose is tested on the other half
@@ -139,8 +178,22 @@ def settings(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         if "parser" not in merged.task:
             raise ConfigError(f"parser={cfg.parser}: this task has one parser only; leave it out")
         merged.task.parser = cfg.parser
+    for key in ("run", "generations"):  # so that it goes on from another directory, too
+        if cfg[key] is not None:
+            merged[key] = str(Path(cfg[key]).absolute())
     config.check(merged)
+    config.check_samples(merged)
     return merged
+
+
+def _keys(overrides: list[str]) -> list[str]:
+    """Return the dotted keys and the groups that a command line sets."""
+    return [line.partition("=")[0].lstrip("+~").partition("@")[0].replace("/", ".") for line in overrides]
+
+
+def _value(cfg: DictConfig, key: str) -> Any:
+    value = OmegaConf.select(cfg, key)
+    return "..." if OmegaConf.is_config(value) else value
 
 
 def of_run(cfg: DictConfig, overrides: list[str]) -> DictConfig:
@@ -149,14 +202,8 @@ def of_run(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     With another task, its own lengths and decoding hold; with another length, tokens a step stay the run's.
     Raises ConfigError where the directory holds no run.
     """
-    path = Path(cfg.run) / "config.yaml"
-    trained = OmegaConf.load(path) if path.is_file() else None
-    if not isinstance(trained, DictConfig) or "trainer" not in trained:
-        raise ConfigError(
-            f"run={cfg.run} is no run's directory: it has no config.yaml of one; give the directory that "
-            "`python -m spg.train` printed at its end"
-        )
-    given = [line.partition("=")[0].lstrip("+~").partition("@")[0].replace("/", ".") for line in overrides]
+    trained = runs.of_this_version(cfg.run)
+    given = _keys(overrides)
     merged = cfg.copy()
     OmegaConf.set_struct(merged, False)
     merged.model = trained.model

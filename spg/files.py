@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 from pathlib import Path
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def read_csv(path: str | Path) -> list[dict[str, str]]:

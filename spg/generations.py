@@ -97,8 +97,10 @@ class Generations:
     def add(self, lines: Sequence[Line]) -> None:
         """Append lines, on disk when this returns."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        # half a surrogate pair has no UTF-8; written with a backslash it is JSON for the same text
+        content = text.encode("utf-8", errors="backslashreplace")
+        with self.path.open("ab") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         self.lines |= {(line["model"], line["index"], line["sample"]): line for line in lines}
@@ -141,6 +143,9 @@ def read_saved(path: Path, task: Task) -> dict[str, list[Item]]:
                 f"{where}: no completion's text; expected it under one of {', '.join(TEXTS)}, the line has "
                 f"{', '.join(line)}"
             )
+        if not isinstance(line.get("example", {}), dict):
+            given = json.dumps(line["example"])[:80]
+            raise InputError(f"{where}: `example` is {given}; expected an object, as our own lines have it")
         try:
             example = task.example_of(line)
         except InputError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -20,15 +19,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from spg.config import CONF_DIR, ConfigError, Plan, group_choices, preflight, sweep_folder
+from spg.config import CONF_DIR, ConfigError, Plan, group_choices, preflight, sweep_folder, task_of_run
 from spg.console import take_over_logging
 from spg.errors import InputError, Interrupted, RunError
+from spg.files import DISK_FULL
 from spg.status import LEFT_ALONE, STOPPING, read_status, write_json
 from spg.sweeps import show_jobs, write_runs
 
 log = logging.getLogger(__name__)
-
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def run(
@@ -54,7 +52,10 @@ def run(
                 raise ConfigError(f"{flags[0]} can't be given together with resume=...; leave it out")
             resume(paths[-1], others)
             return
-        plan = preflight(primary, argv)
+        task = task_of_run(argv) if primary == "evaluate" else None
+        os.environ["SPG_RUN_TASK"] = task or ""
+        words = [[task, line] if task is not None and line.startswith("run=") else [line] for line in argv]
+        plan = preflight(primary, [word for pair in words for word in pair])
         if plan is None:
             return
         sys.argv[1:] = plan.arguments
@@ -70,7 +71,8 @@ def run(
         if plan.multirun and resume is not None:  # else its jobs are no runs
             _sweep(primary, plan, argv, app, report or _report_runs)
         else:
-            app()
+            with _writable("hydra.run.dir"):
+                app()
         if failures:
             raise failures[0]
     except InputError as error:
@@ -91,6 +93,21 @@ def _multirun_first(argv: list[str]) -> list[str]:
     return [*flags[:1], *(line for line in argv if line not in flags)]
 
 
+@contextmanager
+def _writable(option: str) -> Iterator[None]:
+    """Raise ConfigError where the output folder or its log can't be made; a job's errors don't come here."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        # logging raises ValueError from what the system says of a log's file
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError) or cause.errno in DISK_FULL:
+            raise
+        if cause is not error and "configure handler" not in str(error):
+            raise
+        raise ConfigError(f"{option}: nothing can be written there ({cause}); give another folder") from error
+
+
 def _end(text: str, code: int) -> None:
     sys.stderr.write(f"{text}\n")
     sys.exit(code)
@@ -108,7 +125,8 @@ def _sweep(
     os.environ["SPG_SWEEP"] = plan.name
     os.environ["SPG_SWEPT"] = json.dumps(plan.swept)
     folder = sweep_folder(primary, plan)
-    folder.mkdir(parents=True, exist_ok=True)
+    with _writable("hydra.sweep.dir"):
+        folder.mkdir(parents=True, exist_ok=True)
     module = "train" if primary == "config" else primary
     command = shlex.join(["python", "-m", f"spg.{module}", *argv])
     about, alone = folder / "sweep.json", folder / LEFT_ALONE

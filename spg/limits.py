@@ -125,6 +125,9 @@ LIMITS: dict[str, Limit] = {
     "shots": Limit(lambda v: _is_int(v) and 0 <= v <= 3, "a whole number from 0 to 3"),
     "right_share": PROBABILITY,
     "numbers": Limit(lambda v: _is_int(v) and 3 <= v <= 4, "3 or 4"),
+    "operations": Limit(
+        lambda v: isinstance(v, str) and bool(v) and set(v) <= set("+-*/"), 'some of + - * /, as "+-*"'
+    ),
     "max_number": COUNT,
     "max_target": COUNT,
     "min_empty": Limit(lambda v: _is_int(v) and 1 <= v <= 12, "a whole number from 1 to 12"),
@@ -132,7 +135,7 @@ LIMITS: dict[str, Limit] = {
     "train_size": COUNT,
     "eval_size": COUNT,
     "data_seed": COUNT_OR_ZERO,
-    "isolation": _one_of("auto", "none"),
+    "isolation": _one_of("auto", "user_id", "none"),
     "wall_seconds": POSITIVE,
     "memory_mb": COUNT,
     "workers": COUNT_OR_ZERO,

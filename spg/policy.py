@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 
 from spg.adapters import LoRA, add_adapter, load_adapter, save_adapter
+from spg.errors import InputError
 from spg.models.network import Network
 from spg.tasks.base import Chat, Example, Template
 from spg.types import Prompts
@@ -110,12 +111,12 @@ class Policy(nn.Module):
     def encode(self, prompt: str | Chat) -> list[int]:
         """Return the token ids of a text, or of a chat in the model's template.
 
-        Raises ValueError where the tokenizer cannot write the text.
+        Raises InputError where the tokenizer cannot write the text.
         """
         if isinstance(prompt, str):
             return list(self._encode_text(prompt))
         if self.tokenizer.chat_template is None:
-            raise ValueError(
+            raise InputError(
                 "this model's tokenizer has no chat template, so it cannot read an instruct prompt; "
                 "use task.prompt_style=bare, or an instruction-tuned model"
             )
@@ -127,7 +128,7 @@ class Policy(nn.Module):
     def _encode(self, text: str) -> tuple[int, ...]:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
-            raise ValueError(f"the tokenizer has no tokens for parts of {text!r}")
+            raise InputError(f"the tokenizer has no tokens for parts of {text!r}")
         return tuple(ids)
 
     def text(self, completion_ids: Tensor) -> str:
@@ -149,7 +150,7 @@ class Policy(nn.Module):
         """Tokenise B prompts and templates, pad them, and put them on the policy's device.
 
         group [B]: number of each sequence's prompt; index [B]: of the sequence itself. A completion
-        shorter than `gen_length` tokens ends in given EOS. Raises ValueError where a template is longer.
+        shorter than `gen_length` tokens ends in given EOS. Raises InputError where a template is longer.
         """
         encoded = [self.encode(prompt) for prompt in prompts]
         width = max(len(ids) for ids in encoded)
@@ -173,7 +174,7 @@ class Policy(nn.Module):
             given += [isinstance(part, str)] * len(tokens)
         rest = length - len(ids)
         if rest < 0:
-            raise ValueError(f"a template has {len(ids)} tokens, but gen_length={length}; raise gen_length")
+            raise InputError(f"a template has {len(ids)} tokens, but gen_length={length}; raise gen_length")
         return ids + [self.eos_id] * rest, given + [True] * rest
 
     def _tensor(self, rows: Sequence[Sequence[int | bool]]) -> Tensor:

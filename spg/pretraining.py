@@ -137,6 +137,25 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spg"
 
 
+def check_device(cfg: DictConfig) -> None:
+    """Raise ConfigError where `cfg` asks for a CUDA device and there is none."""
+    key = "trainer.accelerator" if "trainer" in cfg else "accelerator"
+    if OmegaConf.select(cfg, key) == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"{key}=cuda: torch finds no CUDA device here; give {key}=cpu, or auto")
+
+
+def check_reads(cfg: DictConfig, task: Task, example: Example) -> None:
+    """Raise ConfigError where the task asks in chats, and the model's tokenizer has no template for these."""
+    if isinstance(task.prompt(example), str) or build(cfg.model.tokenizer).chat_template is not None:
+        return
+    name = cfg.model.tokenizer._target_.rpartition(".")[2]
+    bare = "task.prompt_style=bare, or " if "prompt_style" in cfg.task else ""
+    raise ConfigError(
+        f"this model can't read chats, in which {task.name} asks: its tokenizer ({name}) has no chat "
+        f"template; choose {bare}an instruction-tuned model (model=...)"
+    )
+
+
 def build_policy(cfg: DictConfig) -> Policy:
     """Build the configured policy with its weights, base, random or a file's, and its adapter."""
     policy = Policy(build(cfg.model.network), build(cfg.model.tokenizer))
@@ -170,12 +189,16 @@ def base_weights(cfg: DictConfig) -> Path:
 def pretrain(cfg: DictConfig, folder: Path) -> Path:
     """Train base weights, write them and their card to `folder`, and return the weights' file."""
     started = time.perf_counter()
-    task = build(cfg.task, path=None)
+    check_device(cfg)
+    # those of a file may be held out: only generated examples, or a training file, are learned here
+    task: Task = build(cfg.task, path=None)
+    demonstrations = task.demonstrations()
+    check_reads(cfg, task, demonstrations[0])
     numbers = cfg.pretrain
     network = build(cfg.model.network, seed=numbers.seed)
     policy = Policy(network, build(cfg.model.tokenizer))
     module = Pretraining(policy, task, cfg.gen_length, numbers.steps, numbers.lr, numbers.seed)
-    stream = PromptStream(task.demonstrations(), numbers.batch_size, numbers.steps, numbers.seed)
+    stream = PromptStream(demonstrations, numbers.batch_size, numbers.steps, numbers.seed)
     trainer = pl.Trainer(
         accelerator=cfg.trainer.accelerator if "trainer" in cfg else cfg.accelerator,
         devices=1,

@@ -16,27 +16,22 @@ from spg import sweeps
 from spg.console import console
 from spg.errors import RunError
 from spg.generations import Line
+from spg.sources import BASE
 from spg.statistics import bootstrap, mean_pass_at_k, wilson
 from spg.status import write_json
 
 RESAMPLES = 2000
 Figures = dict[str, Any]
-# what tells how completions were decoded
-DECODING = ("gen_length", "steps", "block_size", "temperature", "remasking", "stop_at_eos")
-# the model before training, which no rule chooses
-BASE = "base"
-# which checkpoint is marked, and how that is said beside the scores
-RULES = {
-    "validation": "chosen on the validation half, during training",
-    "test_average": "chosen on the test items themselves, by the best average, as published",
-}
+# what is scored, by the split's name
+SCORED = {"validation": "the validation half", "test": "the test half", "heldout": "both halves"}
 
 
 def figures(lines: Sequence[Line]) -> Figures:
     """Return a model's figures: accuracy, its 95% interval, n examples, pass@k, lengths, other measures.
 
     With one sample an example and accuracies of 0 and 1 the interval is Wilson's, else a bootstrap over
-    examples. effective_length: mean completion tokens up to and including the first EOS. None: not known.
+    examples, which has no width where all are 0 or all are 1: there too it is Wilson's. effective_length:
+    mean completion tokens up to and including the first EOS. None: not known.
     """
     groups: dict[int, list[Line]] = {}
     for line in lines:
@@ -68,7 +63,8 @@ def figures(lines: Sequence[Line]) -> Figures:
 def _measure(values: Sequence[Sequence[float]]) -> dict[str, Any]:
     """Return the mean over examples of their samples' means, and its interval."""
     means = np.array([sum(group) / len(group) for group in values])
-    counted = all(len(group) == 1 and group[0] in (0, 1) for group in values)
+    one_each = all(len(group) == 1 and group[0] in (0, 1) for group in values)
+    counted = one_each or bool((means == 0).all()) or bool((means == 1).all())
     interval = wilson(int(means.sum()), len(means)) if counted else bootstrap(means, RESAMPLES)
     method = "wilson" if counted else "bootstrap over examples"
     return {"mean": float(means.mean()), "interval": list(interval), "interval_method": method}
@@ -81,6 +77,16 @@ def chosen(rule: str, accuracies: Mapping[str, float]) -> str | None:
         return best if best in accuracies else None
     checkpoints = [model for model in accuracies if model != BASE]
     return max(checkpoints, key=lambda model: accuracies[model], default=None)
+
+
+def chosen_on(rule: str, split: str) -> str:
+    """Return, in words, what a rule chose the marked checkpoint on, where `split` was scored."""
+    if rule == "test_average":
+        return f"chosen on the scored items themselves, {SCORED[split]}, by the best average, as published"
+    words = f"chosen on the validation half, during training; scored on {SCORED[split]}"
+    if split == "test":
+        return words
+    return f"{words}: the items it was chosen on are among those scored, unless the run's were others"
 
 
 def percent(share: float | None) -> str:
@@ -136,7 +142,7 @@ def beside(record: Mapping[str, Any]) -> list[str]:
         f"{settings['gen_length']} tokens in {settings['steps']} steps, blocks of {settings['block_size']}, "
         f"{settings['remasking']}, temperature {settings['temperature']:g}"
     )
-    if settings["temperature"] > 0:
+    if settings["temperature"] > 0 or settings["remasking"] == "random":
         decoding += f", {settings['samples']} samples, seed {settings['seed']}"
     return [
         f"{score}, shots {record['shots']}",
@@ -156,7 +162,8 @@ def selection_lines(selection: Mapping[str, Any] | None) -> list[str]:
 class Row:
     """A model's scores in one setting of a multirun: {length: figures}, and their average if all are there.
 
-    who: values of the swept keys that make another model; what: of the others, but the length.
+    who: values of the swept keys that make another model; what: of the others, but the length. rule: by which
+    the checkpoints of this setting are chosen, None where there is none, or not one for all lengths.
     """
 
     who: tuple[str, ...]
@@ -164,6 +171,7 @@ class Row:
     model: str
     scores: dict[str, Figures]
     average: float | None
+    rule: str | None
 
 
 def report(folder: Path) -> None:
@@ -176,8 +184,7 @@ def report(folder: Path) -> None:
     what = [key for key in sweep.swept if key not in (*who, "gen_length")]
     records = {job.name: _read(job.folder / "results.json") for job in jobs if job.state == "finished"}
     rows = _rows(jobs, records, who, what)
-    rules = {record["selection"]["rule"] for record in records.values() if record["selection"]}
-    marked = [row for rule in rules for row in _chosen_rows(rule, rows)]
+    marked = _chosen_rows(rows)
     entries = [
         {
             "model": row.model,
@@ -190,7 +197,12 @@ def report(folder: Path) -> None:
     ]
     about = {"name": sweep.name, "command": sweep.command, "swept": sweep.swept}
     states = [{"job": job.name, "state": job.state, "error": job.error} for job in jobs]
-    selection = {rule: RULES[rule] for rule in sorted(rules)}
+    words: dict[str, dict[str, None]] = {}  # by rule, one for each split, in order
+    for record in records.values():
+        if record["selection"]:
+            rule = record["selection"]["rule"]
+            words.setdefault(rule, {})[chosen_on(rule, record["split"])] = None
+    selection = {rule: "; or ".join(words[rule]) for rule in sorted(words)}
     write_json(folder / "results.json", {**about, "selection": selection, "jobs": states, "results": entries})
     ended = sum(job.state == "finished" for job in jobs)
     console.print(f"{sweep.name}: {ended} of {len(jobs)} evaluations finished; accuracy, %", markup=False)
@@ -198,8 +210,8 @@ def report(folder: Path) -> None:
     for record in list(records.values())[:1]:
         settings = f"parser {record['parser']}, shots {record['shots']}, split {record['split']}"
         console.print(f"first job: {settings}; each job's results.json has its own", soft_wrap=True)
-    for rule, words in selection.items():
-        console.print(f"* {words} (select={rule})", soft_wrap=True)
+    for rule, how in selection.items():
+        console.print(f"* {how} (select={rule})", soft_wrap=True)
     for job in jobs:
         if job.error is not None:
             console.print(f"{job.name} {job.state}: {job.error}", markup=False, soft_wrap=True)
@@ -229,6 +241,8 @@ def _rows(
     for (whose, setting), group in groups.items():
         done = [job for job in group if job.name in records]
         models = dict.fromkeys(model for job in done for model in records[job.name]["results"])
+        rules = {(records[job.name]["selection"] or {}).get("rule") for job in done}
+        rule = rules.pop() if len(rules) == 1 else None
         for model in models:
             found = {
                 sweeps.written(job.overrides.get("gen_length")): records[job.name]["results"][model]
@@ -239,20 +253,22 @@ def _rows(
                 length: {key: figure[key] for key in ("accuracy", "interval", "n")}
                 for length, figure in found.items()
             }
-            average = sum(score["accuracy"] for score in scores.values()) / len(scores)
-            rows.append(Row(whose, setting, model, scores, average if len(scores) == len(group) else None))
+            average: float | None = sum(score["accuracy"] for score in scores.values()) / len(scores)
+            average = average if len(scores) == len(group) else None
+            rows.append(Row(whose, setting, model, scores, average, rule))
     return rows
 
 
-def _chosen_rows(rule: str, rows: Sequence[Row]) -> list[Row]:
-    """Return the row of the checkpoint that the rule chooses in each setting that has all its lengths."""
+def _chosen_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return the row of the checkpoint that its rule chooses in each setting that has all its lengths."""
     groups: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         groups.setdefault((row.who, row.what), {})[row.model] = row
     found = []
     for group in groups.values():
         averages = {model: row.average for model, row in group.items() if row.average is not None}
-        best = chosen(rule, averages) if len(averages) == len(group) else None
+        rule = next(iter(group.values())).rule  # a setting's rows have one
+        best = chosen(rule, averages) if rule is not None and len(averages) == len(group) else None
         found += [group[best]] if best is not None else []
     return found
 

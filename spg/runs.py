@@ -63,7 +63,9 @@ def identity(cfg: DictConfig, changeable: Sequence[str] = CHANGEABLE) -> dict[st
 
 
 def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
-    """Start a run in `folder`; raises ConfigError where that holds one already."""
+    """Start a run in `folder`; raises ConfigError where that holds one already, or an evaluation."""
+    if (folder / "generations.jsonl").exists():
+        raise ConfigError(f"{folder} holds an evaluation; give another hydra.run.dir")
     if any((folder / name).exists() for name in ("metrics.csv", "checkpoints")):  # what could be lost
         raise ConfigError(
             f"{folder} holds a run already; go on with it (python -m spg.train resume={folder}), or give "
@@ -164,6 +166,51 @@ def one_of_many(folder: Path, values: Mapping[str, Any], work: Callable[[], bool
 def _note_failure(folder: Path, values: Mapping[str, Any], text: str) -> None:
     if read_status(folder).get("state") != "finished":  # a finished run stays what it is
         write_status(folder, state="failed", error=text.splitlines()[0], overrides=dict(values))
+
+
+def holds_run(folder: Path) -> bool:
+    """Return whether `folder` holds a training run, or a configuration that is no evaluation's."""
+    if any((folder / name).exists() for name in ("metrics.csv", "checkpoints", "weights.safetensors")):
+        return True
+    path = folder / "config.yaml"
+    return path.exists() and "generations" not in (config.saved(path) or ())
+
+
+def of_this_version(path: str) -> DictConfig:
+    """Return the configuration of the run in the directory `path` as this version would have written it.
+
+    What an older one had no setting for yet gets its default. Raises ConfigError where there is no run, and
+    where one of its settings is no more.
+    """
+    cfg = config.saved(Path(path) / "config.yaml")
+    if cfg is None or "trainer" not in cfg:
+        raise ConfigError(
+            f"run={path} is no run's directory: it has no config.yaml of one; give the directory that "
+            "`python -m spg.train` printed at its end"
+        )
+    other = f"run={path} is of another version of this project"
+    remedy = "evaluate it with that version, which its summary.json names (git_commit)"
+    parts = ("gen_length", "block_size", "decoding", "task", "model", "pretrain")
+    missing = [key for key in parts if key not in cfg]
+    if missing:
+        raise ConfigError(f"{other}: its config.yaml has no {', '.join(missing)}; {remedy}")
+    if cfg.task.get("reward") == "cells":  # its name until 0.2
+        cfg.task.reward = "released"
+    for part in ("task", "model"):
+        option = config.shipped(part, cfg[part])
+        if option is None:  # one of the user's own
+            continue
+        unknown = [f"{part}.{key}" for key in cfg[part] if key not in option[1]]
+        if unknown:
+            raise ConfigError(f"{other}: there is no setting {', '.join(unknown)} any more; {remedy}")
+        for key in option[1]:
+            if key not in cfg[part]:
+                cfg[part][key] = option[1][key]
+    try:
+        config.check(OmegaConf.create({key: cfg[key] for key in parts}))
+    except ConfigError as error:
+        raise ConfigError(f"{other}: {error}; {remedy}") from error
+    return cfg
 
 
 def read_config(folder: Path) -> DictConfig:

@@ -15,11 +15,12 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from spg import runs
+from spg import runs, sources
 from spg.config import ConfigError, build
 from spg.console import console, take_over_logging
+from spg.errors import InputError
 from spg.generations import Generations, Item, Line, Source, Subject, line_of, read_saved, scored
-from spg.results import DECODING, RULES, chosen, figures, percent, show
+from spg.results import chosen, chosen_on, figures, percent, show
 from spg.statistics import wilson
 from spg.status import read_status, write_json, write_status
 from spg.tasks.base import Task
@@ -42,11 +43,14 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         source = saved(cfg, task)
     else:
         examples = task.examples(cfg.split)  # where there are none, no model need be built
+        if not examples:
+            raise InputError(f"{task.name} has no examples of split={cfg.split}; give more rows")
         from spg.completing import models
 
+        take_over_logging()  # Lightning, imported just now, has set its loggers up anew
         source = models(cfg, task, examples)
-    _same_source(source.made_with, folder)
     file = Generations(folder / "generations.jsonl")
+    _same_source(source.made_with, folder, bool(file.lines))
     for subject in source.subjects:
         work_through(subject, file, task, cfg.eval_batch_size)
     results = {subject.name: figures(file.of(subject.name)) for subject in source.subjects}
@@ -77,11 +81,11 @@ def saved(cfg: DictConfig, task: Task) -> Source:
     def as_they_are(batch: Sequence[Item]) -> list[Line]:
         return [item.saved for item in batch]
 
-    settings = dict.fromkeys(DECODING) | {"generations": str(cfg.generations), "run": None}
+    settings = dict.fromkeys(sources.DECODING) | {"generations": str(cfg.generations), "run": None}
     return Source(
         [Subject(name, items, as_they_are) for name, items in read_saved(path, task).items()],
         settings | {"eval_batch_size": cfg.eval_batch_size},
-        {"generations": runs.fingerprint(path)},
+        sources.fingerprints(cfg),
     )
 
 
@@ -155,9 +159,9 @@ def _progress(name: str, total: int, accuracies: list[float]) -> Iterator[Callab
         yield advance
 
 
-def _same_source(made_with: dict[str, Any], folder: Path) -> None:
-    """Note what the folder's lines are made with; raises ConfigError where that was something else before."""
-    before = read_status(folder).get("made_with", made_with)
+def _same_source(made_with: dict[str, Any], folder: Path, begun: bool) -> None:
+    """Note what the folder's lines are made with; raises ConfigError where some were made with another."""
+    before = read_status(folder).get("made_with", made_with) if begun else made_with
     for key in sorted(before.keys() | made_with.keys()):
         if before.get(key) != made_with.get(key):
             raise ConfigError(
@@ -171,4 +175,5 @@ def _selection(cfg: DictConfig, accuracies: dict[str, float]) -> dict[str, Any] 
     """Return how a run's checkpoint is chosen and which it is, None where there is no run."""
     if cfg.run is None:
         return None
-    return {"rule": cfg.select, "chosen": chosen(cfg.select, accuracies), "chosen_on": RULES[cfg.select]}
+    how = chosen_on(cfg.select, cfg.split)
+    return {"rule": cfg.select, "chosen": chosen(cfg.select, accuracies), "chosen_on": how}

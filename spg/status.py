@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from spg.errors import RunError
-from spg.files import write_text
+from spg.errors import InputError, RunError
+from spg.files import DISK_FULL, write_text
 
 STATES = ("running", "finished", "failed", "interrupted")
 # in a multirun's directory: which jobs the last command did not touch, and why
@@ -43,10 +43,16 @@ def write_status(folder: Path, **changes: Any) -> None:
 def at_work(folder: Path) -> Iterator[None]:
     """Hold the run's directory; raises InUseError where another process holds it.
 
-    The lock ends with the process, however it ends.
+    The lock ends with the process, however it ends. Raises InputError where nothing can be written there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise InputError(f"{folder} can't be written to ({error}); give a directory that can be") from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -28,15 +28,16 @@ from spg.callbacks import (
 from spg.config import build
 from spg.console import console, take_over_logging
 from spg.data import PromptStream
-from spg.errors import Interrupted, RunError
+from spg.errors import InputError, Interrupted, RunError
 from spg.loggers import MetricsCSV, wandb_logger
 from spg.memory import keep_freed_memory
 from spg.module import NonFiniteError, Optimization, Training
 from spg.plots import curve
-from spg.pretraining import base_weights, build_policy
+from spg.pretraining import base_weights, build_policy, check_device, check_reads
 from spg.ranks import Ranks, end_with_parent, rank
 from spg.runs import git_commit, identity, versions, write_config
 from spg.status import read_status, write_json, write_status
+from spg.tasks.base import Task
 from spg.weights import read_checkpoint, save_weights
 
 log = logging.getLogger(__name__)
@@ -52,11 +53,19 @@ class Turns:
         return self.module.turns()
 
 
-def build_module(cfg: DictConfig) -> Training:
-    """Build the module that a configuration describes, with its weights."""
-    task = build(cfg.task)
-    for split in ("train", "validation", "test"):  # where data are missing, no model need be built
-        task.examples(split)
+def load_task(cfg: DictConfig) -> Task:
+    """Build the task with its examples; raises InputError where some are missing or can't be read."""
+    task: Task = build(cfg.task)
+    for split in ("train", "validation", "test"):
+        if not task.examples(split):
+            raise InputError(f"{task.name} has no examples of split {split}; give more held-out rows")
+    check_reads(cfg, task, task.examples("train")[0])
+    return task
+
+
+def build_module(cfg: DictConfig, task: Task | None = None) -> Training:
+    """Build the module that a configuration describes, with its weights; `task` is what load_task made."""
+    task = task or load_task(cfg)
     rollouts = -(-cfg.trainer.max_updates // cfg.mu)
     return Training(
         policy=build_policy(cfg),
@@ -110,10 +119,12 @@ def train(
         os._exit(1)
 
     try:
+        check_device(cfg)
+        task = load_task(cfg)  # where data are missing, no base weights need be made
         if rank() == 0 and cfg.model.weights == "base":
             base_weights(cfg)  # made now, if need be, and not by each process
         with Ranks([f"resume={begin or folder}", *changes], cfg.trainer.devices, lost):
-            return _fit(cfg, folder, started, begin, bool(changes), group)
+            return _fit(cfg, task, folder, started, begin, bool(changes), group)
     except (NonFiniteError, Interrupted) as error:
         if rank() > 0:  # the first process tells
             raise SystemExit(1) from error
@@ -157,7 +168,13 @@ def told(error: RunError | Interrupted, cfg: DictConfig, folder: Path) -> RunErr
 
 
 def _fit(
-    cfg: DictConfig, folder: Path, started: float, begin: Path | None, changed: bool, group: str | None
+    cfg: DictConfig,
+    task: Task,
+    folder: Path,
+    started: float,
+    begin: Path | None,
+    changed: bool,
+    group: str | None,
 ) -> bool:
     """Train from `begin` on, or from the start, and write the results."""
     first = rank() == 0
@@ -172,7 +189,7 @@ def _fit(
                 f"{begin.parent}>), or remove it to begin anew"
             ) from error
     unused = read_status(folder).get("unused_knobs", [])
-    module = build_module(cfg)
+    module = build_module(cfg, task)
     module.started = started
     loggers: list[Any] = []
     interruption = Interruption()

@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
-from spg import collect, completing, config, evaluate, results, runs
+from spg import (
+    collect,
+    completing,
+    config,
+    evaluate,
+    launch,
+    pretraining,
+    results,
+    runs,
+    sources,
+    training,
+)
 from spg.config import ConfigError
 from spg.console import console
 from spg.errors import InputError, Interrupted
 from spg.generations import Generations, read_saved, scored
-from spg.status import read_status, write_json, write_status
+from spg.statistics import wilson
+from spg.status import at_work, read_status, write_json, write_status
 from spg.tasks.sudoku import Sudoku
 from tests.helpers import ROOT, command, run, train_here
 
@@ -237,7 +254,8 @@ def test_by_test_average_every_checkpoint_is_scored_and_it_is_said(trained: Path
     assert record["split"] == "heldout"
     with console.capture() as printed:
         results.show(record)
-    assert "chosen on the test items themselves, by the best average, as published" in printed.get()
+    words = "chosen on the scored items themselves, both halves, by the best average, as published"
+    assert words in printed.get()
     assert f"{record['selection']['chosen']} *" in printed.get()
 
 
@@ -245,11 +263,11 @@ def test_a_run_without_final_weights_has_its_last_checkpoint(trained: Path, tmp_
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "weights.safetensors").unlink()
     (tmp_path / "run" / "checkpoints" / "replaced-best.ckpt").touch()
-    names = [name for name, _ in completing.saved_by(tmp_path / "run", "validation")]
+    names = [name for name, _ in sources.saved_by(tmp_path / "run", "validation")]
     assert names == ["checkpoints/best.ckpt", "checkpoints/last.ckpt"]
-    assert len(completing.saved_by(tmp_path / "run", "test_average")) == 4
+    assert len(sources.saved_by(tmp_path / "run", "test_average")) == 4
     with pytest.raises(ConfigError, match="holds neither checkpoints nor weights"):
-        completing.saved_by(tmp_path / "none", "validation")
+        sources.saved_by(tmp_path / "none", "validation")
 
 
 def test_a_run_s_settings_hold_unless_they_are_overridden(trained: Path, tmp_path: Path) -> None:
@@ -274,7 +292,22 @@ def test_a_run_s_settings_hold_unless_they_are_overridden(trained: Path, tmp_pat
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["samples=4"], "give temperature=0.9, or samples=1"),
+        (["samples=4"], "give temperature=0.9, decoding.remasking=random, or samples=1"),
+        (["decoding.temperature=0.5"], r"an evaluation has its own: temperature=0\.5"),
+        (["generations=x.jsonl", "decoding=full_random"], "decoding=... can't be given with generations"),
+        *(
+            (["generations=x.jsonl", line], f"{line} can't be given with generations")
+            for line in (
+                "gen_length=8",
+                "temperature=0.5",
+                "decoding.steps=3",
+                "model.weights=random",
+                "block_size=4",
+                "seed=3",
+                "accelerator=cpu",
+                "select=validation",
+            )
+        ),
         (["generations=x.jsonl", "run=y"], "run=y can't be given with generations"),
         (["generations=x.jsonl", "split=test"], "split=test can't be given with generations"),
         (["run=missing"], "run=missing is no run's directory"),
@@ -286,6 +319,218 @@ def test_a_run_s_settings_hold_unless_they_are_overridden(trained: Path, tmp_pat
 def test_contradictions_are_refused(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         settings(*overrides)
+
+
+def test_samples_at_random_remasking_differ_and_show_their_seed(tmp_path: Path) -> None:
+    record = evaluated(tmp_path / "e", "decoding.remasking=random", "samples=2", "seed=7")
+    texts = {(line["index"], line["sample"]): line["completion"] for line in lines(tmp_path / "e")}
+    assert any(texts[i, 0] != texts[i, 1] for i in range(20))
+    assert any("temperature 0, 2 samples, seed 7" in line for line in results.beside(record))
+
+
+def test_samples_of_a_run_depend_on_its_own_decoding(tmp_path: Path) -> None:
+    runs.write_config(config.compose("config", ["decoding.remasking=random"]), tmp_path)
+    assert settings(f"run={tmp_path}", "samples=2").decoding.remasking == "random"
+    with pytest.raises(ConfigError, match="2 times the same"):
+        settings(f"run={tmp_path}", "samples=2", "decoding.remasking=margin")
+
+
+def test_a_run_s_directory_is_not_evaluated_into_nor_the_other_way_round(
+    trained: Path, whole: Path, tmp_path: Path
+) -> None:
+    before = {name: (trained / name).read_text() for name in ("config.yaml", "status.json")}
+    with pytest.raises(ConfigError, match=r"holds a training run; give another hydra\.run\.dir"):
+        evaluated(trained)
+    assert before == {name: (trained / name).read_text() for name in before}
+    shutil.copy(trained / "config.yaml", tmp_path)
+    with pytest.raises(ConfigError, match="holds a training run"):
+        evaluated(tmp_path)
+    before = {"config.yaml": (whole / "config.yaml").read_text()}
+    with pytest.raises(ConfigError, match="holds an evaluation"):
+        train_here(whole)
+    assert before == {"config.yaml": (whole / "config.yaml").read_text()}
+
+
+def test_what_the_model_can_t_read_is_told_before_any_model_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretraining, "base_weights", None)
+    monkeypatch.setattr(training, "base_weights", None)
+    words = r"this model can't read chats, in which {}.* choose {}an instruction-tuned model"
+    bare = words.format("sudoku asks", r"task\.prompt_style=bare, or ")
+    for name, start in (("e", evaluated), ("t", train_here)):
+        with pytest.raises(ConfigError, match=bare):
+            start(tmp_path / name, "task.prompt_style=instruct", "task.train_size=20")
+    for split in ("train", "test"):
+        saved(tmp_path / f"{split}.jsonl", *[{"question": "1+1?", "answer": "#### 2"}] * 3)
+    own = ("task=gsm8k", f"task.path={tmp_path}")
+    with pytest.raises(ConfigError, match=words.format("gsm8k asks", "")):
+        evaluate.start(settings(*own), tmp_path / "g")
+    cfg = config.compose("pretrain", [*own, f"task.train_path={tmp_path}"])
+    with pytest.raises(ConfigError, match=words.format("gsm8k asks", "")):
+        pretraining.pretrain(cfg, tmp_path)
+
+
+def test_a_device_that_is_not_there_is_told_before_any_model_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(pretraining, "base_weights", None)
+    with pytest.raises(ConfigError, match="accelerator=cuda: torch finds no CUDA device here"):
+        evaluated(tmp_path / "e", "accelerator=cuda")
+    with pytest.raises(ConfigError, match=r"give trainer\.accelerator=cpu, or auto"):
+        train_here(tmp_path / "t", "trainer.accelerator=cuda")
+
+
+def test_an_example_that_the_tokenizer_can_t_write_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Sudoku.prompt
+    last = Sudoku(eval_size=10).examples("heldout")[-1]
+    monkeypatch.setattr(Sudoku, "prompt", lambda task, e: "é" if e == last else original(task, e))
+    with pytest.raises(
+        InputError, match="example 19 of split heldout can't be completed: the tokenizer has no"
+    ):
+        evaluated(tmp_path / "e")
+    assert not (tmp_path / "e" / "generations.jsonl").exists()
+
+
+def test_lightning_stays_quiet_when_it_is_imported_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Imported(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            logging.getLogger("lightning.pytorch").setLevel(logging.INFO)  # as its import does
+            return getattr(completing, name)
+
+    monkeypatch.setitem(sys.modules, "spg.completing", Imported("spg.completing"))
+    evaluated(tmp_path / "e", "task.eval_size=2")
+    assert logging.getLogger("lightning.pytorch").level == logging.WARNING
+
+
+def test_a_finished_job_whose_run_went_on_is_left_alone(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    cfg = settings(*SMALL, f"run={tmp_path / 'run'}", "task.eval_size=4")
+    job = tmp_path / "m" / "job"
+    job.mkdir(parents=True)
+    evaluate.sweep_job(cfg, job, {})
+    before = read(job)
+    evaluate.sweep_job(cfg, job, {})
+    (tmp_path / "run" / "checkpoints" / "best.ckpt").touch()
+    with pytest.raises(runs.OtherRunError, match=r"figures of checkpoints/best\.ckpt as it was before"):
+        evaluate.sweep_job(cfg, job, {})
+    (tmp_path / "run" / "weights.safetensors").unlink()
+    with pytest.raises(runs.OtherRunError, match=r"checkpoints/last\.ckpt, weights\.safetensors"):
+        evaluate.sweep_job(cfg, job, {})
+    assert read(job) == before
+
+
+def test_without_lines_it_goes_on_with_another_model(whole: Path, tmp_path: Path) -> None:
+    cut(whole, tmp_path / "cut", 0, half=False)
+    write_status(tmp_path / "cut", made_with={"device": "another"})
+    evaluate.resume(str(tmp_path / "cut"), [])
+    assert read(tmp_path / "cut")["results"] == read(whole)["results"]
+    assert read_status(tmp_path / "cut")["made_with"] == {"device": "cpu"}
+
+
+def test_paths_in_the_configuration_do_not_depend_on_the_directory(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained.parent)
+    assert settings("run=trained").run == str(trained)
+    assert settings("generations=g.jsonl").generations == str(trained.parent / "g.jsonl")
+
+
+def older(trained: Path, folder: Path, change: Callable[[Any], None]) -> Path:
+    cfg = runs.read_config(trained)
+    change(cfg)
+    folder.mkdir()
+    runs.write_config(cfg, folder)
+    return folder
+
+
+def test_a_run_of_an_older_version_is_read_as_it_would_be_now(trained: Path, tmp_path: Path) -> None:
+    def as_before(cfg: Any) -> None:
+        cfg.task.reward = "cells"
+        for part, key in ((cfg.model, "lora"), (cfg.task, "parser"), (cfg.task, "prompt_file")):
+            del part[key]
+
+    cfg = settings(f"run={older(trained, tmp_path / 'old', as_before)}")
+    assert (cfg.task.reward, cfg.task.parser, cfg.task.prompt_file) == ("released", "exact", None)
+    assert (cfg.model.lora, cfg.task.eval_size) == (None, 8)
+    base = completing._before_training(cfg)
+    assert pretraining.file_name(base) == pretraining.file_name(runs.read_config(trained))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("task.difficulty", 3, r"there is no setting task\.difficulty any more"),
+        ("task.reward", "digits", r"task\.reward=digits: out of range"),
+        ("pretrain", None, "its config.yaml has no pretrain"),
+    ],
+)
+def test_a_run_that_this_version_can_t_read_is_said_to_be_another_s(
+    trained: Path, tmp_path: Path, key: str, value: Any, words: str
+) -> None:
+    def change(cfg: Any) -> None:
+        if value is None:
+            del cfg[key]
+        else:
+            OmegaConf.update(cfg, key, value)
+
+    with pytest.raises(ConfigError, match=f"is of another version of this project: {words}"):
+        settings(f"run={older(trained, tmp_path / 'old', change)}")
+
+
+def test_settings_of_a_run_s_task_can_be_given_without_choosing_it(tmp_path: Path) -> None:
+    runs.write_config(config.compose("config", ["task=countdown", "task.eval_size=9"]), tmp_path)
+    line = f"run={tmp_path}"
+    assert config.task_of_run([line, "task.max_number=5"]) == "task=countdown"
+    for chosen in ([line, "task=sudoku"], [], ["run=missing"], [f"{line},missing"]):
+        assert config.task_of_run(chosen) is None
+    code = (
+        "from spg import config, evaluate, launch, runs\nimport sys\n"
+        f"sys.argv = ['evaluate', '{line}', 'task.max_number=5', 'hydra.run.dir={tmp_path / 'e'}']\n"
+        "evaluate.start = lambda cfg, folder: print(cfg.task.max_number, cfg.task.eval_size)\n"
+        "launch.run('evaluate', evaluate.job)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "5 9\n", done.stderr
+
+
+@pytest.mark.parametrize("module", ["evaluate", "config"])
+def test_a_folder_that_can_t_be_written_is_one_line(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing")):
+        monkeypatch.setattr(sys, "argv", [module, f"hydra.run.dir={folder}"])
+        with pytest.raises(SystemExit) as ended:
+            launch.run(module, print)
+        assert ended.value.code == 2
+        told = capsys.readouterr().err
+        assert told.startswith("hydra.run.dir: nothing can be written there")
+        assert told.count("\n") == 1
+        with pytest.raises(InputError, match="can't be written to"), at_work(folder):
+            pass
+
+
+def test_a_job_s_own_error_is_not_taken_for_the_folder_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def job(cfg: Any) -> None:
+        raise PermissionError("of the job")
+
+    with pytest.raises(ValueError, match="a bug"), launch._writable("x"):
+        raise ValueError("a bug")
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"hydra.run.dir={tmp_path}"])
+    ended = SimpleNamespace(return_value=None)
+    monkeypatch.setattr(
+        "hydra._internal.hydra.run_job", lambda task_function, **rest: task_function(None) or ended
+    )
+    with pytest.raises(PermissionError, match="of the job"):
+        launch.run("evaluate", job)
 
 
 def test_what_can_t_go_on_is_refused(whole: Path, trained: Path, tmp_path: Path) -> None:
@@ -349,6 +594,10 @@ def test_a_list_of_generations_is_samples_and_lines_are_scored_per_model(tmp_pat
         ({"generation": "x", "ground_truth": SOLUTION}, "line 2: "),
         ("{broken", "line 2 is no JSON"),
         ("[1]", "line 2 is no object"),
+        *(
+            ({**ASKED, "generation": "x", "example": wrong}, "line 2: `example` is .*; expected an object")
+            for wrong in (None, 5, "x", [1])
+        ),
         (
             {**ASKED, "completion": "x", "sample": 0},
             "line 2: beside sample, our own lines have index and model",
@@ -372,6 +621,41 @@ def test_files_that_can_t_be_used_are_named(tmp_path: Path) -> None:
     twice = {**own, "example": {"puzzle": PUZZLE, "solution": SOLUTION}}
     with pytest.raises(InputError, match="line 2: sample 0 of example 0 of base is there already"):
         read_saved(saved(tmp_path / "twice.jsonl", twice, twice), task)
+
+
+def test_half_a_surrogate_pair_is_written_and_read_again(tmp_path: Path) -> None:
+    file = saved(tmp_path / "g.jsonl", {**ASKED, "generation": "\ud800 é"}, {**ASKED, "generation": "x"})
+    evaluate.start(settings("parser=d1", f"generations={file}"), tmp_path / "e")
+    assert [line["completion"] for line in lines(tmp_path / "e")] == ["\ud800 é", "x"]
+    assert read_saved(tmp_path / "e" / "generations.jsonl", Sudoku(parser="d1"))
+    assert "é" in (tmp_path / "e" / "generations.jsonl").read_text()
+
+
+@pytest.mark.parametrize("right", [0.0, 1.0])
+def test_where_all_samples_are_alike_the_interval_has_a_width(right: float) -> None:
+    made = {"tokens": None, "decoded": None, "steps": None, "near_ties": None}
+    rows = [{"index": n // 4, "measures": {"accuracy": right}, **made} for n in range(40)]
+    found = results.figures(rows)
+    assert found["interval_method"] == "wilson"
+    assert found["interval"] == list(wilson(int(10 * right), 10))
+    rows[0]["measures"] = {"accuracy": 1 - right}
+    assert results.figures(rows)["interval_method"] == "bootstrap over examples"
+
+
+@pytest.mark.parametrize(
+    ("rule", "split", "scored_on", "among"),
+    [
+        ("validation", "test", "scored on the test half", False),
+        ("validation", "heldout", "scored on both halves", True),
+        ("validation", "validation", "scored on the validation half", True),
+        ("test_average", "validation", "the scored items themselves, the validation half,", False),
+        ("test_average", "test", "the scored items themselves, the test half,", False),
+    ],
+)
+def test_the_words_of_a_selection_fit_the_split(rule: str, split: str, scored_on: str, among: bool) -> None:
+    words = results.chosen_on(rule, split)
+    assert scored_on in words
+    assert ("the items it was chosen on are among those scored" in words) is among
 
 
 def test_several_are_scored_at_once_in_their_order() -> None:
@@ -459,4 +743,17 @@ def test_by_test_average_each_task_has_its_checkpoint(tmp_path: Path) -> None:
     assert "50.00*" in text
     assert "3 of 4 evaluations finished" in text
     assert "task-math500_gen_length-256 failed: no memory" in text
-    assert "chosen on the test items themselves" in text
+    assert "chosen on the scored items themselves, both halves" in text
+
+
+def test_a_rule_marks_among_what_was_made_with_it(tmp_path: Path) -> None:
+    best, last = "checkpoints/best.ckpt", "checkpoints/last.ckpt"
+    for rule in ("validation", "test_average"):
+        made_up(tmp_path, {"select": rule}, {"base": 0.1, best: 0.2, last: 0.9}, rule)
+    write_json(tmp_path / "sweep.json", {"name": "s", "command": "c", "swept": ["select"]})
+    with console.capture() as printed:
+        results.report(tmp_path)
+    marked = [(e["select"], e["model"]) for e in read(tmp_path)["results"] if e["chosen"]]
+    assert sorted(marked) == [("test_average", last), ("validation", best)]
+    assert list(read(tmp_path)["selection"]) == ["test_average", "validation"]
+    assert printed.get().count("select=") == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import re
@@ -194,6 +195,34 @@ def test_splits_of_a_folder_or_files(tmp_path: Path) -> None:
         assert task.examples("heldout")[1] == task.examples("test")[0]
     with pytest.raises(InputError, match="split='dev' is unknown"):
         task.examples("dev")
+
+
+def test_packed_training_rows_are_found_beside_the_held_out_ones(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path, split, 2)
+        plain = tmp_path / f"{split}.jsonl"
+        (tmp_path / f"{split}.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    task = GSM8K(path=str(tmp_path))
+    assert [len(task.examples(split)) for split in ("train", "heldout")] == [2, 2]
+
+
+def test_without_files_and_network_both_ways_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError) as caught:
+        GSM8K().examples("train")
+    words = "connect to the network, or give a local copy with task.path=<folder with train.* and test.*> or "
+    assert f"{words}task.train_path=<file or folder>" in str(caught.value)
+
+
+@pytest.mark.parametrize(("number", "text"), [(5, "5"), (0, "0"), (2.0, "2"), (2.5, "2.5")])
+def test_answers_may_be_numbers(number: float, text: str, tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "?", "answer": number}))
+    task = GSM8K(path=str(tmp_path))
+    (example,) = task.examples("heldout")
+    assert example == {"question": "?", "answer": text}
+    assert task.measure(example, rf"\boxed{{{number}}}")["accuracy"] == 1.0
 
 
 def test_published_files() -> None:

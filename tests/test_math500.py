@@ -155,3 +155,12 @@ def test_examples_of_saved_lines() -> None:
         task.example_of({"question": "?"})
     with pytest.raises(InputError, match="no answer in the columns"):
         task.example_of({"example": {"problem": "?"}})
+
+
+@pytest.mark.parametrize(("number", "text"), [(5, "5"), (0, "0"), (2.0, "2")])
+def test_answers_may_be_numbers(number: float, text: str) -> None:
+    task = Math500()
+    example = task.example({"problem": "?", "answer": number, "solution": ""}, "here")
+    assert example == {"problem": "?", "answer": text}
+    for parser in ("math_verify", "d1"):
+        assert Math500(parser=parser).measure(example, rf"\boxed{{{text}}}")["accuracy"] == 1.0

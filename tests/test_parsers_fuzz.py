@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spg.tasks import questions
+from spg.tasks.arithmetic import python_value
 from spg.tasks.gsm8k import GSM8K
 from spg.tasks.math500 import Math500
 from spg.tasks.sudoku import Sudoku
@@ -64,6 +65,11 @@ def scored(task: Any, example: dict[str, Any], text: str) -> None:
 def test_any_text(text: str) -> None:
     for task, example in TASKS:
         scored(task, example, text)
+
+
+@pytest.mark.parametrize("text", ["(-8)**.5//2", "2//(-8)**.5", "-(-8)**.5//(-8)**.5"])
+def test_a_floor_of_no_real_number_is_no_value(text: str) -> None:
+    assert python_value(text) is None
 
 
 @given(TEXTS)

@@ -12,6 +12,7 @@ import pytest
 
 from spg import config
 from spg.errors import Interrupted
+from spg.status import write_status
 from tests import faults
 from tests.helpers import ROOT, run, train_here
 
@@ -51,6 +52,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = (folder / "generations.jsonl").read_text().splitlines(keepends=True)
     (folder / "generations.jsonl").write_text("".join(lines[:5]))
     (folder / "results.json").unlink()
+    write_status(folder, state="interrupted")
     return folder
 
 

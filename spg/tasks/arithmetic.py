@@ -77,5 +77,6 @@ def _value(tree: ast.expr, operators: Mapping[type, Any], number: Callable[[Any]
 
     try:
         return of(tree)
-    except (ValueError, ArithmeticError, RecursionError):
+    # TypeError: of a complex number, as a root of a negative one is, Python has no floor
+    except (ValueError, TypeError, ArithmeticError, RecursionError):
         return None

@@ -34,6 +34,7 @@ OTHER_OPERATORS = {**LATEX_OPERATORS, "\u00d7": "*", "\u00f7": "/", "\u00b7": "*
 EXACT = re.compile(r"[0-9+\-*/()\s]+")
 EXPRESSION = frozenset("0123456789+-*/() ")
 VALUE = frozenset("0123456789. ")
+SIGNS = "+-*/"
 COPIES = 10  # of a training problem among the demonstrations
 MAX_DIGITS = 4300  # of a number that Python reads from a text
 TOLERANCE = 1e-5  # of the released scorers
@@ -85,13 +86,13 @@ def split_of(numbers: Sequence[int]) -> str:
 
 
 def make_problems(
-    split: str, count: int, size: int, max_number: int, max_target: int, seed: int
+    split: str, count: int, size: int, max_number: int, max_target: int, seed: int, operations: str = SIGNS
 ) -> list[Example]:
     """Make up to `count` different solvable problems of a split: {numbers, target}.
 
-    `size` numbers from 1 to max_number are joined at random by + - * /, with no fraction or negative number
-    on the way; the value, from 1 to max_target, is the target. No two splits share a set of numbers. Fewer
-    come back where there are no more.
+    `size` numbers from 1 to max_number are joined at random by `operations`, with no fraction or negative
+    number on the way; the value, from 1 to max_target, is the target. No two splits share a set of numbers.
+    Fewer come back where there are no more.
     """
     rng = np.random.default_rng(seed)
     problems: dict[tuple[int, ...], Example] = {}
@@ -99,7 +100,7 @@ def make_problems(
     while known < len(problems) < count:
         known = len(problems)  # where a whole round finds nothing new, there is hardly more
         numbers = rng.integers(1, max_number + 1, size=(TRIALS, size))
-        targets, fits = _joined(numbers, rng)
+        targets, fits = _joined(numbers, operations, rng)
         fits &= (targets >= 1) & (targets <= max_target)
         for *row, value in np.column_stack([numbers, targets])[fits].tolist():
             if (*row, value) in problems or split_of(row) != split:
@@ -109,17 +110,21 @@ def make_problems(
     return list(problems.values())[:count]
 
 
-def _joined(numbers: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _joined(numbers: np.ndarray, operations: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Join the numbers [N n] of each row at random; return the values [N], and where all went well [N]."""
     left = numbers.astype(np.int64)
     fits = np.ones(len(left), dtype=bool)
     while left.shape[1] > 1:
         left = rng.permuted(left, axis=1)
         a, b = left[:, 0], left[:, 1]
-        which = rng.integers(4, size=len(left))
+        which = np.array([SIGNS.index(sign) for sign in operations])[
+            rng.integers(len(operations), size=len(left))
+        ]
         divides = (b != 0) & (a % np.maximum(b, 1) == 0)
-        fits &= ~((which == 1) & (a < b)) & ~((which == 3) & ~divides)
-        made = np.choose(which, [a + b, np.maximum(a - b, 0), a * b, a // np.maximum(b, 1)])
+        results = {"+": a + b, "-": np.maximum(a - b, 0), "*": a * b, "/": a // np.maximum(b, 1)}
+        possible = {"-": a >= b, "/": divides}
+        fits &= np.choose(which, [possible.get(sign, fits) for sign in SIGNS])
+        made = np.choose(which, [results[sign] for sign in SIGNS])
         left = np.column_stack([made, left[:, 2:]])
     return left[:, 0], fits
 
@@ -137,7 +142,7 @@ class Term:
         return self.text if self.rank >= rank else f"({self.text})"
 
 
-def _results(a: Term, b: Term) -> list[tuple[str, Term]]:
+def _results(a: Term, b: Term, operations: str) -> list[tuple[str, Term]]:
     """Return what one operation makes of two terms, without fractions or negative numbers."""
     found = [
         ("+", Term(a.value + b.value, f"{a.text}+{b.text}", 1)),
@@ -147,30 +152,30 @@ def _results(a: Term, b: Term) -> list[tuple[str, Term]]:
         found.append(("-", Term(a.value - b.value, f"{a.text}-{b.at_least(2)}", 1)))
     if b.value and a.value % b.value == 0:
         found.append(("/", Term(a.value // b.value, f"{a.at_least(2)}/{b.at_least(3)}", 2)))
-    return found
+    return [(sign, made) for sign, made in found if sign in operations]
 
 
-def solve(numbers: Sequence[int], target: int) -> tuple[tuple[str, ...], str] | None:
+def solve(numbers: Sequence[int], target: int, operations: str = SIGNS) -> tuple[tuple[str, ...], str] | None:
     """Return the steps (as 3*5=15) and the expression that make `target`, None where nothing does.
 
     The first solution in an order that does not depend on that of the numbers, with no fraction or negative
     number on the way.
     """
-    return _solve(tuple(sorted(numbers)), target)
+    return _solve(tuple(sorted(numbers)), target, operations)
 
 
 @lru_cache(maxsize=65536)
-def _solve(numbers: tuple[int, ...], target: int) -> tuple[tuple[str, ...], str] | None:
-    return _search([Term(n, str(n)) for n in numbers], target)
+def _solve(numbers: tuple[int, ...], target: int, operations: str) -> tuple[tuple[str, ...], str] | None:
+    return _search([Term(n, str(n)) for n in numbers], target, operations)
 
 
-def _search(terms: list[Term], target: int) -> tuple[tuple[str, ...], str] | None:
+def _search(terms: list[Term], target: int, operations: str) -> tuple[tuple[str, ...], str] | None:
     if len(terms) == 1:
         return ((), terms[0].text) if terms[0].value == target else None
     for i, j in itertools.permutations(range(len(terms)), 2):
         rest = [term for k, term in enumerate(terms) if k not in (i, j)]
-        for sign, made in _results(terms[i], terms[j]):
-            found = _search([made, *rest], target)
+        for sign, made in _results(terms[i], terms[j], operations):
+            found = _search([made, *rest], target, operations)
             if found is not None:
                 step = f"{terms[i].value}{sign}{terms[j].value}={made.value}"
                 return (step, *found[0]), found[1]
@@ -202,17 +207,24 @@ class Countdown:
         prompt_style: str = "bare",
         prompt_file: str | None = None,
         shots: int = 0,
-        right_share: float = 0.3,
+        right_share: float = 1.0,
         path: str | None = None,
         train_path: str | None = None,
         numbers: int = 3,
         max_number: int = 9,
         max_target: int = 99,
+        operations: str = SIGNS,
         train_size: int = 20000,
         eval_size: int = 256,
         data_seed: int = 0,
     ) -> None:
-        check_limits(prompt_style=prompt_style, shots=shots, numbers=numbers, max_number=max_number)
+        check_limits(
+            operations=operations,
+            prompt_style=prompt_style,
+            shots=shots,
+            numbers=numbers,
+            max_number=max_number,
+        )
         check_limits(
             right_share=right_share,
             max_target=max_target,
@@ -232,6 +244,7 @@ class Countdown:
         self.path = path
         self.train_path = train_path
         self.shape = (numbers, max_number, max_target)
+        self.operations = operations
         self.sizes = {"train": train_size, "validation": eval_size, "test": eval_size}
         self.data_seed = data_seed
         self.prompts = None if prompt_file is None else PromptFile(prompt_file, ("numbers", "target"))
@@ -255,7 +268,7 @@ class Countdown:
         if split == "heldout":
             return [*self.examples("validation"), *self.examples("test")]
         seed = 3 * self.data_seed + SPLITS.index(split)
-        return make_problems(split, self.sizes[split], *self.shape, seed)
+        return make_problems(split, self.sizes[split], *self.shape, seed, self.operations)
 
     def prompt(self, example: Example) -> str | Chat:
         if self.prompts is not None:
@@ -286,7 +299,7 @@ class Countdown:
 
     def _solution(self, example: Example) -> tuple[tuple[str, ...], str]:
         value = example.get("shows", example["target"])
-        solution = solve(example["numbers"], value)
+        solution = solve(example["numbers"], value, self.operations)
         if solution is None:
             raise InputError(f"{dict(example)} has no solution in whole numbers to learn from")
         return solution

@@ -10,7 +10,7 @@ from typing import Any
 from spg.errors import InputError
 from spg.tasks.base import Example
 from spg.tasks.latex import box_content
-from spg.tasks.questions import Questions, completed, equal, final_answer
+from spg.tasks.questions import Questions, completed, equal, final_answer, written
 from spg.tasks.rows import Published
 from spg.tasks.tags import CLOSE, OPEN, first_answer
 
@@ -59,7 +59,7 @@ class GSM8K(Questions):
     )
 
     def example(self, row: Mapping[str, Any], where: str) -> Example:
-        example = {column: row.get(column) for column in COLUMNS}
+        example = {column: None if row.get(column) is None else written(row[column]) for column in COLUMNS}
         if _number(_truth(example) or "") is None:
             raise InputError(
                 f"{where}: the answer {example['answer']!r} ends in no number; "

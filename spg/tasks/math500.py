@@ -8,7 +8,7 @@ from typing import Any
 from spg.errors import InputError
 from spg.tasks.base import Example
 from spg.tasks.latex import SLIP, box_content, boxed_in_answer, is_equiv, last_boxed
-from spg.tasks.questions import Questions, completed, equal, final_answer
+from spg.tasks.questions import Questions, completed, equal, final_answer, written
 from spg.tasks.rows import Published
 from spg.tasks.tags import first_answer
 
@@ -50,7 +50,9 @@ class Math500(Questions):
     )
 
     def example(self, row: Mapping[str, Any], where: str) -> Example:
-        example = {column: row[column] for column in ("problem", "solution", "answer") if row.get(column)}
+        columns = ("problem", "solution", "answer")
+        # an answer may be the number 0
+        example = {name: written(row[name]) for name in columns if row.get(name) not in (None, "")}
         if _truth(example) is None:
             raise InputError(
                 f"{where}: no answer in the columns {', '.join(map(str, row))}; "

@@ -11,7 +11,7 @@ from spg.limits import check_limits
 from spg.tasks.base import SPLITS, Chat, Example, Template, halves
 from spg.tasks.latex import box_content, is_equiv
 from spg.tasks.prompts import PromptFile, instruct
-from spg.tasks.rows import READERS, Published, load
+from spg.tasks.rows import Published, files_of, load
 from spg.tasks.tags import CLOSE, OPEN
 from spg.tasks.verify import verify
 
@@ -76,9 +76,13 @@ class Questions:
             rows = load(self.heldout, self.path, "task.path")
         else:
             path = self.train_path
-            if path is None and self.path is not None and _has_file(Path(self.path), self.train.split):
+            folder = None if self.path is None else Path(self.path)
+            if path is None and folder is not None and folder.is_dir() and files_of(folder, self.train.split):
                 path = self.path
-            rows = load(self.train, path, "task.train_path")
+            # both ways, where neither is taken yet: else the held-out rows would be missed next
+            neither = path is None and folder is None
+            both = "task.path=<folder with train.* and test.*> or task.train_path"
+            rows = load(self.train, path, both if neither else "task.train_path")
         return [self.example(row, f"{self.name}, {source}, row {n}") for n, row in enumerate(rows, start=1)]
 
     def example(self, row: Mapping[str, Any], where: str) -> Example:
@@ -105,10 +109,7 @@ class Questions:
         row = record.get("example")
         if row is None and isinstance(record.get("question"), str) and "ground_truth" in record:
             truth = record["ground_truth"]
-            # numbers of whole value are written as the data set writes them
-            whole = isinstance(truth, float) and truth.is_integer()
-            answer = None if truth is None else str(int(truth) if whole else truth)
-            row = {self.column: record["question"], "answer": answer}
+            row = {self.column: record["question"], "answer": None if truth is None else written(truth)}
         if isinstance(row, Mapping) and isinstance(row.get(self.column), str):
             # two of d1's lines know no answer; they count, and nothing is right
             return row if row.get("answer", "") is None else self.example(row, where)
@@ -118,8 +119,9 @@ class Questions:
         )
 
 
-def _has_file(folder: Path, split: str) -> bool:
-    return folder.is_dir() and any(f.stem == split and f.suffix in READERS for f in folder.iterdir())
+def written(value: Any) -> str:
+    """Return a value as text, numbers of whole value as the data sets write them."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def completed(reasoning: str, answer: str) -> str:

@@ -47,14 +47,19 @@ def _file(path: Path, split: str, option: str) -> Path:
         return path
     if not path.is_dir():
         raise InputError(f"{option}={path} is neither a file nor a folder; give one of {', '.join(READERS)}")
-    endings = [reader + packed for reader in READERS for packed in ("", PACKED)]
-    found = sorted(f for f in path.iterdir() if f.name in [split + ending for ending in endings])
+    found = files_of(path, split)
     if len(found) != 1:
         raise InputError(
             f"{option}={path}: the folder has {len(found) or 'no'} files named {split} with one of the "
             f"endings {', '.join(READERS)}; exactly one is needed, or give the file itself"
         )
     return found[0]
+
+
+def files_of(folder: Path, split: str) -> list[Path]:
+    """Return the files of a folder that a split may be read from, by their names."""
+    names = [split + reader + packed for reader in READERS for packed in ("", PACKED)]
+    return sorted(file for file in folder.iterdir() if file.name in names)
 
 
 def _kind(path: Path) -> str:
