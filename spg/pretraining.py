@@ -111,7 +111,7 @@ def combination(cfg: DictConfig) -> dict[str, Any]:
     # base weights are made on generated examples, whatever file or reward the run itself uses
     left_out = {
         "model": ["weights", "lora"],
-        "task": ["reward", "eval_size", "path", "train_path", "parser", "prompt_file"],
+        "task": ["reward", "eval_size", "path", "parser", "prompt_file"],
         "pretrain": [],
     }
     kept: dict[str, Any] = {"gen_length": cfg.gen_length, "version": VERSION}
@@ -246,11 +246,11 @@ learn is what reinforcement learning shows.
 
 - Command: `{command}`
 - Seed: {cfg.pretrain.seed}
-- Data: generated puzzles of the training grids with their solutions; no held-out solution was seen.
+- Data: demonstrations of the task's training split, with a solver's completions; nothing held out was seen.
 - Libraries: torch {torch.__version__}, lightning {pl.__version__}
 - Licence: MIT, as the project
 
-Greedy decoding of {len(result.texts)} validation puzzles, with 95% bootstrap intervals:
+Greedy decoding of {len(result.texts)} validation examples, with 95% bootstrap intervals:
 
 {figures}
 

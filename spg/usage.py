@@ -44,7 +44,7 @@ def show(primary: str) -> None:
     path = CONF_DIR / f"{primary}.yaml"
     command = "train" if primary == "config" else primary
     chosen = {
-        key: option
+        key.removeprefix("optional "): option
         for entry in yaml.safe_load(path.read_text())["defaults"]
         if isinstance(entry, dict)
         for key, option in entry.items()
@@ -62,7 +62,7 @@ def show(primary: str) -> None:
         for file in sorted((CONF_DIR / group).glob("*.yaml")):
             console.print(Text(f"  {file.stem:<22}{describe(file)}"))
         option = next(iter(selected.values()))
-        if option is not None:
+        if option is not None and "${" not in option:
             file = CONF_DIR / group / f"{option}.yaml"
             prefix = "" if "@package _global_" in file.read_text() else f"{group}."
             _rows(console, [(prefix + key, value, doc) for key, value, doc in documented_keys(file)])

@@ -23,7 +23,7 @@ FLOORS = [
     {"decoding"},
     {"collect", "data", "loggers"},
     {"module", "config", "sweeps"},
-    {"callbacks", "pretraining", "usage", "plots", "runs", "launch", "results"},
+    {"callbacks", "pretraining", "usage", "plots", "runs", "launch", "sources", "results"},
     {"training", "completing"},
     {"failure", "scoring"},
     {"train", "pretrain", "evaluate", "figures", "reproduce"},
@@ -32,6 +32,8 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # a package and its own files share a floor; so may a file and the base it builds on
 WITHIN = {
     ("objectives.spg", "estimators"),
+    ("sources", "runs"),
+    ("results", "sources"),
     ("models.llada", "models.network"),
     ("sweeps", "config"),
 }
