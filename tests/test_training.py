@@ -175,3 +175,13 @@ def test_the_default_run_learns(seed: int, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["accuracy.after"] - summary["accuracy.before"] >= 0.25
     assert summary["clues_intact.after"] == 1.0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(2))
+def test_countdown_learns(seed: int, tmp_path: Path) -> None:
+    """The README's curve: the validation half rises by 8 points at least, the test half rises too."""
+    run("train", "task=countdown", "estimator=mixture", f"seed={seed}", folder=tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["validation.best"] - summary["validation.before"] >= 0.08
+    assert summary["accuracy.after"] - summary["accuracy.before"] >= 0.02
