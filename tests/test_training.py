@@ -180,8 +180,8 @@ def test_the_default_run_learns(seed: int, tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(2))
 def test_countdown_learns(seed: int, tmp_path: Path) -> None:
-    """The README's curve: the validation half rises by 8 points at least, the test half rises too."""
+    """The README's table: both halves rise by 6 points at least."""
     run("train", "task=countdown", "estimator=mixture", f"seed={seed}", folder=tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["validation.best"] - summary["validation.before"] >= 0.08
-    assert summary["accuracy.after"] - summary["accuracy.before"] >= 0.02
+    assert summary["validation.best"] - summary["validation.before"] >= 0.06
+    assert summary["accuracy.after"] - summary["accuracy.before"] >= 0.06
