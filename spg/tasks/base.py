@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from spg.errors import InputError
+
 Example = Mapping[str, Any]
 Chat = list[dict[str, str]]
 # A completion with holes: texts are given, a number stands for that many tokens to be decoded.
@@ -63,6 +65,33 @@ class Task(Protocol):
         Our own lines hold it under `example`; those in the authors' format, `question` and `ground_truth`.
         """
         ...
+
+
+def check_choices(task: str, **choices: tuple[str, Sequence[str]]) -> None:
+    """Raise InputError for the first (value, allowed values) of a task's settings that is not allowed."""
+    for option, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise InputError(f"task.{option}={value} is not one of those of {task}: {', '.join(allowed)}")
+
+
+class Split:
+    """Rows of which some are for training and some held out, each loaded when first asked for."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, Sequence[Example]] = {}
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """Return the examples of `split`; the two halves of the held-out rows are validation and test."""
+        if split not in SPLITS:
+            raise InputError(f"split={split!r} is unknown; allowed: {', '.join(SPLITS)}")
+        source = "train" if split == "train" else "heldout"
+        if source not in self._rows:
+            self._rows[source] = self._load(source)
+        return self._rows[source] if split == "train" else halves(self._rows[source], split)
+
+    def _load(self, source: str) -> Sequence[Example]:
+        """Return the rows of `train` or `heldout`."""
+        raise NotImplementedError
 
 
 def halves(rows: Sequence[Example], split: str) -> Sequence[Example]:

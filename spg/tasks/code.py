@@ -18,7 +18,7 @@ from typing import Any
 from spg.cage import Cage, Outcome
 from spg.errors import InputError
 from spg.limits import check_limits
-from spg.tasks.base import SPLITS, Chat, Example, Template, halves
+from spg.tasks.base import Chat, Example, Split, Template, check_choices
 from spg.tasks.prompts import PromptFile, instruct
 from spg.tasks.rows import Published, load
 from spg.tasks.tags import CLOSE, OPEN
@@ -228,7 +228,7 @@ def signatures(solution: str, names: Sequence[str]) -> list[str]:
 # --- the task ----------------------------------------------------------------------------------------
 
 
-class Coding:
+class Coding(Split):
     """Programs on demand, judged by unit tests in a cage; a subclass names the held-out data.
 
     Trained on KodCode-Light-RL-10K. reward (paper, G.1): `format` 0.5 if the program stands in a ```python
@@ -259,11 +259,8 @@ class Coding:
         workers: int = 0,
     ) -> None:
         check_limits(isolation=isolation, wall_seconds=wall_seconds, memory_mb=memory_mb, workers=workers)
-        for option, value, allowed in (("reward", reward, REWARDS), ("parser", parser, PARSERS)):
-            if value not in allowed:
-                raise InputError(
-                    f"task.{option}={value} is not one of those of {self.name}: {', '.join(allowed)}"
-                )
+        super().__init__()
+        check_choices(self.name, reward=(reward, REWARDS), parser=(parser, PARSERS))
         self.reward_name = reward
         self.parser = parser
         self.paths = {"train": train_path, "heldout": path}
@@ -277,18 +274,8 @@ class Coding:
             workers=self.workers,
         )
         self._cage: Cage | None = None
-        self._rows: dict[str, Sequence[Example]] = {}
         # reward and measure ask for the same run
         self._run = lru_cache(maxsize=4096)(self._run_anew)
-
-    def examples(self, split: str) -> Sequence[Example]:
-        """Return the examples of `split`; the two halves of the held-out rows are validation and test."""
-        if split not in SPLITS:
-            raise InputError(f"split={split!r} is unknown; allowed: {', '.join(SPLITS)}")
-        source = "train" if split == "train" else "heldout"
-        if source not in self._rows:
-            self._rows[source] = self._load(source)
-        return self._rows[source] if split == "train" else halves(self._rows[source], split)
 
     def _load(self, source: str) -> Sequence[Example]:
         published = KODCODE if source == "train" else self.heldout

@@ -16,7 +16,7 @@ import numpy as np
 from spg.errors import InputError
 from spg.limits import check_limits
 from spg.tasks.arithmetic import exact_value, python_value
-from spg.tasks.base import SPLITS, Chat, Example, Template, halves
+from spg.tasks.base import SPLITS, Chat, Example, Template, check_choices, halves
 from spg.tasks.latex import box_content, last_boxed
 from spg.tasks.prompts import PromptFile, instruct
 from spg.tasks.rows import Published, load, read
@@ -34,6 +34,8 @@ OTHER_OPERATORS = {**LATEX_OPERATORS, "\u00d7": "*", "\u00f7": "/", "\u00b7": "*
 EXACT = re.compile(r"[0-9+\-*/()\s]+")
 EXPRESSION = frozenset("0123456789+-*/() ")
 VALUE = frozenset("0123456789. ")
+REWARDS = ("intended", "released")
+PARSERS = ("exact", "d1", "spg")
 SIGNS = "+-*/"
 COPIES = 10  # of a training problem among the demonstrations
 MAX_DIGITS = 4300  # of a number that Python reads from a text
@@ -232,10 +234,7 @@ class Countdown:
             eval_size=eval_size,
             data_seed=data_seed,
         )
-        if reward not in ("intended", "released"):
-            raise InputError(f"task.reward={reward}: Countdown has intended and released")
-        if parser not in ("exact", "d1", "spg"):
-            raise InputError(f"parser={parser}: Countdown has exact, d1 and spg")
+        check_choices(self.name, reward=(reward, REWARDS), parser=(parser, PARSERS))
         self.reward_name = reward
         self.parser = parser
         self.prompt_style = prompt_style

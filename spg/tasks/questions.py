@@ -8,7 +8,7 @@ from typing import Any
 
 from spg.errors import InputError
 from spg.limits import check_limits
-from spg.tasks.base import SPLITS, Chat, Example, Template, halves
+from spg.tasks.base import Chat, Example, Split, Template, check_choices
 from spg.tasks.latex import box_content, is_equiv
 from spg.tasks.prompts import PromptFile, instruct
 from spg.tasks.rows import Published, files_of, load
@@ -21,7 +21,7 @@ PARSERS = ("math_verify", "d1", "spg")
 ENDS = ("<|eot_id|>", "<|endoftext|>")
 
 
-class Questions:
+class Questions(Split):
     """Questions in words, answered freely; a subclass names the data and owns rewards and correctness.
 
     reward: `intended`, or `released`, which is the authors' number for number. parser: `math_verify`, or `d1`
@@ -49,27 +49,14 @@ class Questions:
         shots: int = 0,
     ) -> None:
         check_limits(shots=shots)
-        for option, value, allowed in (("reward", reward, REWARDS), ("parser", parser, PARSERS)):
-            if value not in allowed:
-                raise InputError(
-                    f"task.{option}={value} is not one of those of {self.name}: {', '.join(allowed)}"
-                )
+        super().__init__()
+        check_choices(self.name, reward=(reward, REWARDS), parser=(parser, PARSERS))
         self.reward_name = reward
         self.parser = parser
         self.path = path
         self.train_path = train_path
         self.shots = shots
         self.prompts = None if prompt_file is None else PromptFile(prompt_file, (self.column,))
-        self._rows: dict[str, Sequence[Example]] = {}
-
-    def examples(self, split: str) -> Sequence[Example]:
-        """Return the examples of `split`; the two halves of the held-out rows are validation and test."""
-        if split not in SPLITS:
-            raise InputError(f"split={split!r} is unknown; allowed: {', '.join(SPLITS)}")
-        source = "train" if split == "train" else "heldout"
-        if source not in self._rows:
-            self._rows[source] = self._load(source)
-        return self._rows[source] if split == "train" else halves(self._rows[source], split)
 
     def _load(self, source: str) -> Sequence[Example]:
         if source == "heldout":

@@ -129,10 +129,11 @@ def _from_hub(published: Published, option: str) -> list[dict[str, Any]]:
     if not offline:
         try:
             huggingface_hub.HfApi().dataset_info(published.name, timeout=PATIENCE)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the cache is the other place to look
+        except huggingface_hub.errors.HfHubHTTPError as error:
+            log.debug("The hub refuses %s: %s", published.name, _line(error))  # loading will tell why
+        except Exception as error:  # noqa: BLE001  # its class changes with the hub's HTTP library
             log.debug("The hub does not answer for %s: %s", published.name, _line(error))
             offline = True
-    shown = datasets.is_progress_bar_enabled()
     try:
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
         rows = datasets.load_dataset(published.name, published.config, split=published.split).to_list()
@@ -144,7 +145,6 @@ def _from_hub(published: Published, option: str) -> list[dict[str, Any]]:
         ) from error
     finally:
         huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-        (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
     _check(rows, published.columns, published.name)
     return rows
 
