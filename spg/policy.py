@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spg.adapters import LoRA, add_adapter, load_adapter, save_adapter
 from spg.errors import InputError
-from spg.models.network import Network
+from spg.models.network import Network, Places
 from spg.tasks.base import Chat, Example, Template
 from spg.types import Prompts
 
@@ -187,7 +187,7 @@ class Policy(nn.Module):
         scored [N T] belong to the last T positions.
         """
         width = tokens.shape[1] - targets.shape[1]
-        picked = self.network.hidden(tokens, mask, F.pad(scored, (width, 0)))
+        picked = self.network.hidden(tokens, mask, Places.of(F.pad(scored, (width, 0))))
         wanted = targets[scored]
         if len(picked) <= self.head_chunk:
             logps = self._log_softmax_at(picked, wanted)
@@ -232,7 +232,7 @@ class Policy(nn.Module):
         tokens, mask = tokens[first], None if mask is None else mask[first]
         at = torch.zeros_like(tokens, dtype=torch.bool)
         at[:, window] = True
-        logits = self.network.logits(self.network.hidden(tokens, mask, at)).float()
+        logits = self.network.logits(self.network.hidden(tokens, mask, Places.of(at))).float()
         logits = logits.view(len(tokens), -1, logits.shape[-1])
         never = self._never_chosen(logits.shape[-1], logits.device)
         allowed = logits.masked_fill(never, -torch.inf)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spg import config
 from spg.decoding import CONFIDENCE, Decoder, transfer_counts
+from spg.models.network import Places
 from spg.models.tokenizer import tiny_tokenizer
 from spg.policy import Measure, Policy
 from spg.pretraining import build_policy
@@ -298,9 +299,9 @@ class Table(nn.Module):
         super().__init__()
         self.table = logits
 
-    def hidden(self, tokens: Tensor, mask: Tensor | None, at: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, mask: Tensor | None, at: Places) -> Tensor:
         """Return the logits at `at`; a row tells its number by its only prompt token."""
-        return self.table[tokens[:, 0] - 5][at[:, 1:]]
+        return at.take(self.table[(tokens[:, :1] - 5), at.columns - 1])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return what `hidden` found."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spg.models.llada import LLaDA, LLaDAConfig, RMSNorm, _Normalize, attend
+from spg.models.network import Places
 from spg.models.tokenizer import CHARACTERS, TAGS, tiny_tokenizer
 from spg.policy import Policy
 from tests.helpers import small_policy
@@ -177,7 +178,7 @@ def test_states_of_some_positions_are_those_of_the_whole(padded: bool) -> None:
     at[2] = False
     weights = torch.randn(int(at.sum()), 32, generator=g)
     results = []
-    for states in (network.hidden(ids, mask)[at], network.hidden(ids, mask, at)):
+    for states in (network.hidden(ids, mask)[at], network.hidden(ids, mask, Places.of(at))):
         network.zero_grad()
         (states * weights).sum().backward()
         results.append(

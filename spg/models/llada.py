@@ -1,22 +1,24 @@
 """LLaDA, natively: a bidirectional transformer whose tensors carry the published names.
 
 Pre-norm RMSNorm, rotary positions, SwiGLU, scaled-dot-product attention, no biases, an untied head.
-Dropout and key-value caches are left out. The same class serves the embedded tiny model and the
+Dropout is left out. The same class serves the embedded tiny model and the
 published checkpoints (`model.transformer.blocks.N.q_proj.weight` and so on).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spg.limits import check_limits
-from spg.models.network import Network
+from spg.models.network import Cache, Network, Places
 
 SHORT = 64  # positions up to which plain attention is the faster one on CPU
 
@@ -129,40 +131,39 @@ class Block(nn.Module):
         self.ff_out = nn.Linear(config.mlp_hidden_size, width, bias=False)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor | None, at: Tensor | None = None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        visible: Tensor | None,
+        at: Places | None = None,
+        put: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """Map hidden states [N L D]; `visible` [N 1 1 L] is True at the positions that may be seen.
+        """Map hidden states [N W D]; `visible` [N 1 1 L] is True at the positions that may be seen.
 
-        at [N L]: True at the S positions to compute; the result is then [S D].
+        rotary: tables [W d]. at: the S positions to compute; the result is then [S D]. put: stores keys and
+        values [N H W d] in a cache and returns those of all L positions; without it, W = L.
         """
         h = self.attn_norm(x)
         k, v = self._heads(self.k_proj(h)), self._heads(self.v_proj(h))
         k = rotate(k, *rotary)
+        if put is not None:
+            k, v = put(k, v)
         if self.repeats > 1:
             k, v = (t.repeat_interleave(self.repeats, dim=1) for t in (k, v))
         if at is not None:
-            places, kept = _packed(at)
-            cos, sin = (table[places].unsqueeze(1) for table in rotary)
+            cos, sin = (table[at.columns].unsqueeze(1) for table in rotary)
             rotary = (cos, sin)
-            x, h = x[at], h.gather(1, places.unsqueeze(-1).expand(-1, -1, h.shape[-1]))
+            x, h = (t.gather(1, at.columns.unsqueeze(-1).expand(-1, -1, t.shape[-1])) for t in (x, h))
         q = rotate(self._heads(self.q_proj(h)), *rotary)
         attended = attend(q, k, v, visible).transpose(1, 2).flatten(2)
-        x = x + self.attn_out(attended if at is None else attended[kept])
+        if at is not None:
+            x, attended = at.take(x), at.take(attended)
+        x = x + self.attn_out(attended)
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_width).transpose(1, 2)
-
-
-def _packed(at: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's True positions of `at` [N L], filled up with others to the fullest row's K.
-
-    Both results are [N K]: the positions, in ascending order, and True where one was asked for.
-    """
-    most = max(1, int(at.sum(-1).max()))
-    places = at.byte().argsort(dim=-1, descending=True, stable=True)[:, :most]
-    return places, at.gather(1, places)
 
 
 class Transformer(nn.Module):
@@ -188,7 +189,7 @@ class LLaDA(Network):
     """The network: token ids [N L] to hidden states [N L D], and hidden states to logits.
 
     seed: of the initial weights, normal with deviation 1 / sqrt(inputs), those that write into the
-    residual stream divided by sqrt(2 * layers).
+    residual stream divided by sqrt(2 * layers); None leaves them to who fills them.
     """
 
     # of the seven names in the published setting, LLaDA's layers have these four; a layer's ff_out and
@@ -198,40 +199,65 @@ class LLaDA(Network):
         "all": r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)",
     }
 
-    def __init__(self, config: LLaDAConfig, seed: int = 0) -> None:
+    def __init__(self, config: LLaDAConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
         self.model = Model(config)
         self._rotary: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-        self._initialise(seed)
+        if seed is not None:
+            self.initialise(seed)
 
-    def _initialise(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw all weights from `seed`, on the device that they are on."""
+        device = self.model.transformer.wte.weight.device
+        generator = torch.Generator(device).manual_seed(seed)
         depth = (2 * self.config.n_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 into_residual = "blocks" in name and ("attn_out" in name or "ff_out" in name)
                 std = parameter.shape[1] ** -0.5 / (depth if into_residual else 1)
                 nn.init.normal_(parameter, std=std, generator=generator)
+            else:
+                nn.init.ones_(parameter)
 
-    def hidden(self, ids: Tensor, attention_mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
-        """Return the final hidden states [N L D] of `ids` [N L], or [S D] of the positions `at` [N L].
+    @property
+    def head(self) -> nn.Module:
+        """The output head, which shares no weights with the embedding."""
+        return self.model.transformer.ff_out
 
-        attention_mask [N L]: True at real tokens; padding is seen by no position, and rotary
-        positions are relative, so that a padded row equals the row alone. None: nothing is padded.
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks."""
+        return self.model.transformer.blocks
+
+    def hidden(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        at: Places | None = None,
+        cache: Cache | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """Return the final hidden states; see `Network.hidden`.
+
+        Padding is seen by no position, and rotary positions are relative, so that a padded row equals the
+        row alone.
         """
         parts = self.model.transformer
         x = parts.wte(ids)
-        rotary = self._rotary_tables(ids.shape[1], ids.device)
+        cos, sin = self._rotary_tables(start + ids.shape[1], ids.device)
+        rotary = (cos[start:], sin[start:])
         visible = None if attention_mask is None else attention_mask[:, None, None, :]
-        for block in parts.blocks[:-1]:
-            x = block(x, rotary, visible)
-        # only the last layer's other positions are seen by nobody
-        return parts.ln_f(parts.blocks[-1](x, rotary, visible, at))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits [... V] of hidden states [... D]."""
-        return self.model.transformer.ff_out(hidden)
+        for number, block in enumerate(parts.blocks):
+            put = None if cache is None else partial(cache.put, number, start)
+            # only the last layer's other positions are seen by nobody
+            places = at if number == len(parts.blocks) - 1 else None
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, visible, places, put, use_reentrant=False)
+            else:
+                x = block(x, rotary, visible, places, put)
+        return parts.ln_f(x)
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         key = (length, device)
