@@ -21,7 +21,7 @@ from spg.collect import Evaluation
 from spg.console import console
 from spg.errors import Interrupted, RunError
 from spg.module import Training
-from spg.weights import load_checkpoint, read_checkpoint
+from spg.weights import read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -168,15 +168,16 @@ class BeforeAndAfter(pl.Callback):
         if module.updates < module.max_updates:
             return
         self.results["last"] = module.evaluate("test")
-        last = {name: tensor.detach().clone() for name, tensor in module.trained().items()}
-        update, chosen = read_checkpoint(self.best)["spg"]["updates"], self.validation.best
+        last, best = module.remembered(), read_checkpoint(self.best)
+        update, chosen = best["spg"]["updates"], self.validation.best
         if chosen is None or chosen[0] != update:
             raise RunError(
                 f"{self.best} is of update {update}, but validation chose {chosen}; resume an older one"
             )
-        load_checkpoint(module.policy.network, self.best)
+        module.fill(best["state_dict"])
+        del best
         self.results["after"] = module.evaluate("test")
-        module.load_state_dict(last, strict=False)
+        module.fill(last)
 
     def summary(self) -> dict[str, Any]:
         """Return n and every measure at the three MOMENTS with its 95% interval.

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from spg import statistics
 from spg.advantages import Advantage
-from spg.decoding import Decoder
+from spg.decoding import Decoder, logp_difference
 from spg.generations import scored
 from spg.policy import Policy
+from spg.seeding import derive_seed
 from spg.tasks.base import Example, Task
 from spg.types import Experience, Rollout
 
@@ -65,12 +66,16 @@ def complete(
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Seconds that the parts of a collection took, and how many tokens it decoded."""
+class Collected:
+    """Seconds that the parts of a collection took, how many tokens it decoded, and how exactly.
+
+    logp_difference [B]: what a cache changed (see `decoding.logp_difference`); None without one.
+    """
 
     rollout: float
     reward: float
     tokens: int
+    logp_difference: Tensor | None
 
 
 def collect(
@@ -83,7 +88,7 @@ def collect(
     seed: int,
     first: int = 0,
     gathered: Callable[[Tensor], Tensor] = lambda rows: rows,
-) -> tuple[Experience, Timing]:
+) -> tuple[Experience, Collected]:
     """Let the policy complete P examples `group_size` times, and score what it wrote.
 
     first: number of the first example's group over all processes. gathered: joins the rows [B] of all
@@ -93,6 +98,9 @@ def collect(
     was_training = policy.training
     policy.eval()
     done = rollout(policy, decoder, task, examples, group_size, seed, first)
+    apart = (
+        None if decoder.cache == "none" else logp_difference(policy, done, derive_seed(seed, "difference"))
+    )
     policy.train(was_training)
     decoded = time.perf_counter()
     parts = scored(task.reward, done.examples, done.texts, task.workers)
@@ -103,7 +111,7 @@ def collect(
     experience = Experience(done, rewards, reward_parts, advantages[start : start + len(rewards)])
     ended = time.perf_counter()
     tokens = int((done.commit_step >= 0).sum())
-    return experience, Timing(decoded - started, ended - decoded, tokens)
+    return experience, Collected(decoded - started, ended - decoded, tokens, apart)
 
 
 @dataclass(frozen=True)

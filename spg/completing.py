@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,20 +11,26 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from spg.adapters import check_fits
 from spg.collect import complete
-from spg.config import build
+from spg.config import ConfigError, build
 from spg.decoding import Decoder
 from spg.errors import InputError, RunError
 from spg.generations import Item, Line, Source, Subject
+from spg.models.network import Network
 from spg.policy import Policy
-from spg.pretraining import build_policy, check_device, check_reads
+from spg.pretraining import base_name, build_policy, check_device, check_reads
 from spg.runs import of_this_version
 from spg.sources import BASE, DECODING, fingerprints, saved_by
 from spg.tasks.base import Example, Task
 from spg.weights import load_checkpoint, load_weights
 
+log = logging.getLogger(__name__)
+
 # greedy decisions whose two best alternatives lie closer than this may turn with the batch's size
 NEAR_TIE = 1e-4
+# what results.json says of an evaluation beside its decoding and its model
+SETTINGS = ("samples", "seed", "eval_batch_size", "threads", "run", "adapter", "generations")
 # streams of an example's samples lie this far apart: further than there are examples
 SAMPLES_APART = 2**32
 
@@ -30,21 +38,28 @@ SAMPLES_APART = 2**32
 def models(cfg: DictConfig, task: Task, examples: Sequence[Example]) -> Source:
     """Return the models that `cfg` asks for, each with `cfg.samples` completions of every example to make.
 
-    Raises ConfigError where a run has no weights yet, where the device is not there, and where the model
-    can't read the task's chats, all before a model is built; InputError for an example that it can't write.
+    Raises ConfigError where a run has no weights yet, where the device is not there, where an adapter does
+    not fit the model, and where this can't read the task's chats, all before weights are read; InputError
+    for an example that it can't write.
     """
     check_device(cfg)
     check_reads(cfg, task, examples[0])
     torch.set_num_threads(cfg.threads)
+    adapter = None if cfg.get("adapter") is None else Path(cfg.adapter)
+    if adapter is not None:
+        check_adapter(cfg, adapter)
+    weights = str(cfg.model.path if cfg.model.weights == "published" else cfg.model.weights)
     found: list[tuple[str, Path | None]] = [(BASE, None)]
     if cfg.run is not None:
         found += saved_by(Path(cfg.run), cfg.select)
+    elif adapter is not None:
+        found = [(adapter.name, None)]  # it is there from the start
     elif cfg.model.weights != BASE:
-        found = [(str(cfg.model.weights), None)]
+        found = [(weights, None)]
     decoder: Decoder = build(
         cfg.decoding, temperature=cfg.temperature, near_tie=NEAR_TIE if cfg.temperature == 0 else None
     )
-    policy = build_policy(_before_training(cfg))
+    policy = build_policy(_to_build(cfg))
     if cfg.accelerator == "cuda" or (cfg.accelerator == "auto" and torch.cuda.is_available()):
         policy.to("cuda")
     policy.eval()
@@ -63,26 +78,61 @@ def models(cfg: DictConfig, task: Task, examples: Sequence[Example]) -> Source:
             for name, path in found
         ],
         settings={key: getattr(decoder, key) for key in DECODING}
-        | {key: cfg[key] for key in ("samples", "seed", "eval_batch_size", "threads", "run", "generations")}
+        | {key: cfg.get(key) for key in SETTINGS}
         | {
             "network": str(cfg.model.network._target_).rpartition(".")[2],
-            "weights": str(cfg.model.weights),
-            "lora": cfg.model.lora is not None,
+            "weights": weights,
+            "lora": policy.has_adapter,
         },
         made_with={"device": device} | fingerprints(cfg),
         device=device,
-        precision=str(next(policy.parameters()).dtype).removeprefix("torch."),
+        precision=precision(policy, cfg.model.get("quantization")),
         split=cfg.split,
         shots=task.shots,
     )
 
 
-def _before_training(cfg: DictConfig) -> DictConfig:
-    """Return the settings that base weights depend on: the run's own, whatever task is evaluated."""
-    if cfg.run is None:
+def check_adapter(cfg: DictConfig, folder: Path) -> None:
+    """Raise ConfigError where the adapter in a PEFT folder does not fit the model; reads no weights.
+
+    Where it was trained on another base, a line says so: a base may have moved, or be another's copy.
+    """
+    with torch.device("meta"):
+        network: Network = build(cfg.model.network, seed=None)
+        try:
+            check_fits(network, build(cfg.model.lora))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    trained_on = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get(
+        "base_model_name_or_path"
+    )
+    if trained_on and trained_on != base_name(cfg):
+        base = base_name(cfg) or "random weights"
+        log.warning("The adapter was trained on %s, and is evaluated on %s", trained_on, base)
+
+
+def precision(policy: Policy, quantization: str | None) -> str:
+    """Return in words what the network's own weights are kept in, and what they compute in."""
+    own = (p for name, p in policy.network.named_parameters() if ".lora_" not in name)
+    kinds = {str(p.dtype).removeprefix("torch.") for p in own if p.is_floating_point()}
+    kept = " and ".join([*([] if quantization is None else [quantization]), *sorted(kinds)])
+    return kept if policy.precision == "32-true" else f"{kept} weights, computed in {policy.precision}"
+
+
+def _to_build(cfg: DictConfig) -> DictConfig:
+    """Return the settings that weights depend on: the run's own, whatever task is evaluated.
+
+    Without a run or an adapter's folder there is no adapter, whatever the model would be trained with.
+    """
+    if cfg.get("adapter") is not None:
         return cfg
+    if cfg.run is None:
+        bare = cfg.copy()
+        bare.model.lora = None
+        return bare
     trained = of_this_version(cfg.run)
     trained.model = cfg.model
+    trained.trainer.accelerator = cfg.accelerator
     return trained
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,18 @@ from yaml import YAMLError
 
 from spg.errors import InputError
 from spg.limits import LIMITS, check_length_counted_once
+from spg.published import CONFIG, config_fields, sizes
+
+log = logging.getLogger(__name__)
 
 _PACKAGED = Path(__file__).parent / "conf"
 CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "conf"
 
 # root keys that parts interpolate; mu, group_size and seed are read by the training loop itself
 KNOBS = ("beta", "omega", "block_size", "num_mc", "gen_length")
+
+# groups of which none may be chosen
+OPTIONAL = ("experiment", "model/lora", "tuned", "tuned/task")
 
 OmegaConf.register_new_resolver("ceil_div", lambda a, b: -(-int(a) // int(b)), replace=True)
 
@@ -121,13 +129,15 @@ def _searching(config_dir: str | None) -> Iterator[None]:
 
 
 def group_choices(argv: list[str]) -> list[str]:
-    """Write the choice of an option of a nested group, as `model.lora=default`, in Hydra's way, with `/`."""
+    """Write choices in Hydra's way: an option of a nested group with `/`, none of a group as `~group`."""
     found = []
     for line in argv:
         key, equals, value = line.partition("=")
         group = CONF_DIR.joinpath(*key.split("."))
         if equals and "." in key and group.is_dir() and not value.startswith("{"):
             line = f"{key.replace('.', '/')}={value}"
+        if line in [f"{name}=null" for name in OPTIONAL]:
+            line = f"~{line.removesuffix('=null')}"
         found.append(line)
     return found
 
@@ -140,6 +150,12 @@ def compose(primary: str, overrides: list[str]) -> DictConfig:
         cfg = _compose(primary, overrides)
     check(cfg)
     return cfg
+
+
+def defaults(primary: str) -> DictConfig:
+    """Return a configuration as it is without a command line, unchecked."""
+    with _searching(None):
+        return _compose(primary, [])
 
 
 def _check_names(primary: str, overrides: list[Override]) -> None:
@@ -215,11 +231,12 @@ def _check_group(override: Override) -> None:
     options = sorted(GlobalHydra.instance().config_loader().get_group_options(group))
     chosen = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
     for value in chosen:
-        if value is not None and str(value) not in options:
+        name = "null" if value is None else str(value)
+        if name not in options:
             key = _written(override)
-            guess = nearest(str(value), options)
+            guess = nearest(name, options)
             raise ConfigError(
-                f"{key}={value}: {group} has no option {value!r}; allowed: {', '.join(options)}"
+                f"{key}={name}: {group} has no option {name!r}; allowed: {', '.join(options)}"
                 + (f"; nearest: {key}={guess}" if guess else "")
             )
 
@@ -236,11 +253,14 @@ def _check_key(override: Override, known: DictConfig) -> None:
     key = override.key_or_group
     if _is_hydra(override):
         return
+    if override.is_delete() and key in OPTIONAL:
+        return
     if override.is_delete():
         raise ConfigError(f"{override.input_line}: {key!r} can't be removed; set it to another value")
     if is_known(known, key) or GlobalHydra.instance().config_loader().get_group_options(key):
         return
-    allowed = [*keys(known), *groups()]
+    # a task's table of styles may be set, but is seldom what was meant
+    allowed = [*(name for name in keys(known) if not name.startswith("styles.")), *groups()]
     guess = nearest(key, allowed)
     siblings = [name for name in allowed if name.rpartition(".")[0] == key.rpartition(".")[0]]
     raise ConfigError(
@@ -295,10 +315,19 @@ def check(cfg: DictConfig) -> None:
         )
     if "trainer" in cfg and cfg.trainer.devices > 1 and cfg.trainer.strategy == "auto":
         raise ConfigError(f"trainer.devices={cfg.trainer.devices} needs trainer=ddp")
+    if "trainer" in cfg and cfg.trainer.strategy == "fsdp" and cfg.model.lora is not None:
+        raise ConfigError(
+            "trainer=fsdp shares out the weights that are trained, and an adapter trains few: give "
+            "trainer=ddp, where each process holds the frozen weights whole, or model.lora=null"
+        )
     if "task" in cfg and cfg.task.get("min_empty", 1) > cfg.task.get("max_empty", 16):
         raise ConfigError(
             f"task.min_empty={cfg.task.min_empty} is above task.max_empty={cfg.task.max_empty}; lower it"
         )
+    if "task" in cfg:
+        check_task(cfg)
+    if "model" in cfg:
+        check_model(cfg)
     if "samples" in cfg and cfg.run is None:  # else the run's way of decoding decides
         check_samples(cfg)
     if "algorithm" in cfg:
@@ -306,6 +335,82 @@ def check(cfg: DictConfig) -> None:
             check_length_counted_once(cfg.algorithm.normalization, cfg.algorithm.objective.length_weighting)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+
+def check_task(cfg: DictConfig) -> None:
+    """Raise ConfigError where a task was given settings of another one, as by an experiment made for that."""
+    name, known = _task_settings(str(cfg.task.get("_target_")))
+    others = [str(key) for key in cfg.task if name and key not in known]
+    if others:
+        raise ConfigError(
+            f"task={name} has no setting {', '.join(others)}: the experiment or the option of tuned/task is "
+            f"for another task; choose it for {name}, or leave out task={name}"
+        )
+
+
+@cache
+def _task_settings(target: str) -> tuple[str, tuple[str, ...]]:
+    """Return name and settings of the shipped task of a class, "" and none where there is no such task."""
+    option = shipped("task", OmegaConf.create({"_target_": target}))
+    return ("", ()) if option is None else (option[0], tuple(map(str, option[1])))
+
+
+def check_model(cfg: DictConfig) -> None:
+    """Raise ConfigError where a model's settings contradict each other."""
+    model = cfg.model
+    path, weights = model.get("path"), model.get("weights")
+    if weights == "published" and path is None:
+        raise ConfigError(
+            "model.weights=published needs model.path, a folder or the name of a model on the hub; this "
+            "model is not published: give model.path=..., or model.weights=random"
+        )
+    if weights == "base" and path is not None:
+        raise ConfigError(
+            f"model.weights=base: base weights are made here, and this model is published ({path}); give "
+            "model.weights=published, random or a safetensors file"
+        )
+    if model.get("quantization") is None:
+        return
+    if model.get("lora") is None:
+        raise ConfigError(
+            f"model.quantization={model.quantization} needs an adapter, for weights of 4 bits can't be "
+            "trained; give model.lora=paper, or model.quantization=null"
+        )
+    for key in ("trainer.accelerator", "accelerator"):
+        if OmegaConf.select(cfg, key) == "cpu":
+            raise ConfigError(
+                f"model.quantization={model.quantization} needs a CUDA device, not {key}=cpu; give "
+                "model.quantization=null"
+            )
+
+
+def settle(cfg: DictConfig) -> DictConfig:
+    """Return `cfg` with the sizes that the config.json of a local folder of published weights gives.
+
+    The folder becomes an absolute path, so that a run goes on from another directory, too. Raises ConfigError
+    where the folder is of another kind of model; what is not local is looked at when it is loaded.
+    """
+    path = None if "model" not in cfg else cfg.model.get("path")
+    if path is None or not Path(path).is_dir():
+        return cfg
+    settled = cfg.copy()
+    settled.model.path = str(Path(path).absolute())
+    file = Path(path) / CONFIG
+    if cfg.model.weights != "published" or not file.is_file():
+        return settled
+    try:
+        found = sizes(cfg.model.network._target_, config_fields(Path(path)), file)
+    except InputError as error:
+        raise ConfigError(str(error)) from error
+    own = settled.model.network.config
+    other = {name: value for name, value in found.items() if own[name] != value}
+    if other:
+        words = ", ".join(f"{name}={value} (not {own[name]})" for name, value in other.items())
+        log.info("Sizes of the model from %s: %s", file, words)
+    for name, value in other.items():
+        own[name] = value
+    check(settled)
+    return settled
 
 
 def check_samples(cfg: DictConfig) -> None:
@@ -327,14 +432,19 @@ def saved(path: Path) -> DictConfig | None:
 
 
 def shipped(group: str, node: Any) -> tuple[str, DictConfig] | None:
-    """Return name and settings of the shipped option of `task` or `model` that has the class of `node`."""
+    """Return name and settings of the shipped option of `task` or `model` that has the classes of `node`."""
+    found: list[tuple[str, DictConfig]] = []
+    keys_of = {"task": ("_target_",), "model": ("network._target_", "tokenizer._target_")}[group]
     for path in sorted((CONF_DIR / group).glob("*.yaml")):
         option = saved(path) or OmegaConf.create()
         option = option.task if group == "task" else option
-        key = "_target_" if group == "task" else "network._target_"
-        if OmegaConf.is_config(node) and OmegaConf.select(option, key) == OmegaConf.select(node, key):
-            return path.stem, option
-    return None
+        classes = [OmegaConf.select(option, key) for key in keys_of]
+        if OmegaConf.is_config(node) and classes == [OmegaConf.select(node, key) for key in keys_of]:
+            option.pop("defaults", None)
+            found.append((path.stem, option))
+    # several models are of the same classes, and differ in where their weights are
+    same = [pair for pair in found if pair[1].get("path") == node.get("path")]
+    return next(iter(same + found), None)
 
 
 def task_of_run(argv: list[str]) -> str | None:

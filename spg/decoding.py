@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from spg.limits import check_limits
-from spg.policy import Measure, Policy
+from spg.models.network import Cache
+from spg.policy import Measure, Policy, distinct_rows
 from spg.seeding import Streams
 from spg.types import Prompts, Rollout
 
@@ -27,6 +32,30 @@ def transfer_counts(holes: Tensor, steps: int) -> Tensor:
 def through_first(hits: Tensor) -> Tensor:
     """Return bool [B T]: True up to and including the first True of `hits` [B T] in each row."""
     return hits.cumsum(-1) - hits.long() == 0
+
+
+def seen_at(rollout: Rollout, step: Tensor, mask_id: int) -> Tensor:
+    """Return the sequences as the policy saw them in decoding step `step` [B] of each, [B L]."""
+    later = ~rollout.given & ((rollout.commit_step < 0) | (rollout.commit_step >= step.unsqueeze(-1)))
+    completion = rollout.completion_ids.masked_fill(later, mask_id)
+    return torch.cat([rollout.prompt_ids, completion], dim=-1)
+
+
+@torch.no_grad()
+def logp_difference(policy: Policy, rollout: Rollout, seed: int) -> Tensor:
+    """Return by how much a cache changed log-probabilities of committed tokens, [B], in nats a token.
+
+    One decoding step of each sequence is drawn and computed exactly: the mean, over the tokens committed in
+    it, of |log-probability when it was committed - exact one|. 0 up to rounding where nothing is cached.
+    """
+    committed = rollout.commit_step >= 0
+    keys = Streams(seed, rollout.index).uniform(committed.shape[-1]).masked_fill(~committed, -1.0)
+    step = rollout.commit_step.gather(1, keys.argmax(-1, keepdim=True)).squeeze(-1)
+    scored = committed & (rollout.commit_step == step.unsqueeze(-1))
+    mask = None if bool(rollout.prompt_mask.all()) else rollout.attention_mask
+    exact = policy.token_logps(seen_at(rollout, step, policy.mask_id), mask, rollout.completion_ids, scored)
+    apart = (exact - rollout.commit_logps).abs().masked_fill(~scored, 0.0)
+    return apart.sum(-1) / scored.sum(-1).clamp_min(1)
 
 
 def _lead(key: Tensor, picked: Tensor) -> Tensor:
@@ -50,6 +79,12 @@ class Decoder:
     alternatives lie no further apart: of the token at a position being committed, in logits; of the
     positions, between the least confident one committed and the most confident one left, in the units
     of the confidence. None does not count.
+
+    cache: `none` computes every position in every step, as released. `prefix` computes all of them in a
+    block's first step, then the block and what follows it; `dual` the block alone. The others' keys and
+    values stay what they were in the last full pass, so that the samples differ a little (Fast-dLLM, Wu et
+    al. 2025, arXiv 2505.22618). refresh_every: steps of a block between full passes; None for one a block; 1
+    is exact.
     """
 
     def __init__(
@@ -61,10 +96,12 @@ class Decoder:
         remasking: str = "low_confidence",
         stop_at_eos: bool = True,
         near_tie: float | None = None,
+        cache: str = "none",
+        refresh_every: int | None = None,
     ) -> None:
         check_limits(gen_length=gen_length, block_size=block_size, steps=steps)
         check_limits(temperature=temperature, remasking=remasking, stop_at_eos=stop_at_eos)
-        check_limits(near_tie=near_tie)
+        check_limits(near_tie=near_tie, cache=cache, refresh_every=refresh_every)
         self.gen_length = gen_length
         self.block_size = min(block_size, gen_length)
         self.steps = steps
@@ -72,6 +109,8 @@ class Decoder:
         self.remasking = remasking
         self.stop_at_eos = stop_at_eos
         self.near_tie = near_tie if temperature == 0 else None  # a draw has no best alternative
+        self.cache = cache
+        self.refresh_every = refresh_every
 
     def __call__(self, policy: Policy, prompts: Prompts, seed: int | None = None) -> Rollout:
         """Complete B prompts.
@@ -79,55 +118,174 @@ class Decoder:
         seed: random draws derive from (seed, prompts.index), so that the rows beside a row change
         nothing. Raises ValueError where randomness is needed and the seed is missing.
         """
+        if self.temperature > 0 or self.remasking == "random":
+            if seed is None:
+                raise ValueError("decoding at temperature > 0 or with remasking=random needs a seed")
+            return self._decode(policy, prompts, Streams(seed, prompts.index))
+        # equal prompts have equal completions
+        parts = (2 * prompts.ids + prompts.mask, 2 * prompts.template + prompts.given)
+        first, which = distinct_rows(torch.cat(parts, dim=1))
+        if len(first) == len(which):
+            return self._decode(policy, prompts, None)
+        done = self._decode(policy, prompts.select(first), None).select(which)
+        return replace(done, group=prompts.group, index=prompts.index, examples=prompts.examples)
+
+    def _decode(self, policy: Policy, prompts: Prompts, streams: Streams | None) -> Rollout:
+        """Complete prompts, waiting for the device once a block: how many holes are left, the host knows."""
         batch, width = prompts.ids.shape
-        completion = prompts.template.masked_fill(~prompts.given, policy.mask_id)
-        tokens = torch.cat([prompts.ids, completion], dim=-1)
+        blocks = [
+            slice(start, min(start + self.block_size, self.gen_length))
+            for start in range(0, self.gen_length, self.block_size)
+        ]
+        steps = max(1, self.steps // len(blocks))
+        holes = torch.stack([(~prompts.given[:, block]).sum(-1) for block in blocks], dim=1)
+        schedule = torch.stack([transfer_counts(column, steps) for column in holes.T], dim=1).tolist()
+        state = _State.before(prompts, policy.mask_id)
+        tokens_noise, order_noise = self._noise(streams, len(blocks) * steps)
+        cache = None if self.cache == "none" else Cache()
+        active = list(range(batch))
+        fresh = True  # nothing is decoded yet: the completions of a prompt are equal
+
+        for number, block in enumerate(blocks):
+            plan = {row: schedule[row][number] for row in active if any(schedule[row][number])}
+            window = slice(width + block.start, width + block.stop)
+            seen = window if self.cache == "dual" else slice(window.start, width + self.gen_length)
+            taken = 0
+            for step in (s for s in range(steps) if any(counts[s] for counts in plan.values())):
+                at = number * steps + step
+                # a cache holds the same rows throughout a block; without one, others sit a step out
+                rows = [row for row, counts in plan.items() if cache is not None or counts[step]]
+                left = max(sum(plan[row][step:]) for row in rows)
+                part = _Part(rows, batch, prompts.ids.device)
+                if cache is not None and taken % (self.refresh_every or steps) == 0:
+                    cache.clear()
+                self._step(
+                    policy,
+                    state,
+                    part,
+                    block,
+                    at,
+                    part.tensor([[plan[row][step]] for row in rows]),
+                    left,
+                    [None if n is None else part(n[:, at]) for n in (tokens_noise, order_noise)],
+                    shared=fresh or prompts.ids.device.type == "cpu",
+                    cache=cache,
+                    seen=seen,
+                )
+                fresh, taken = False, taken + 1
+            if self.stop_at_eos and number + 1 < len(blocks):
+                ended = (state.tokens[:, window] == policy.eos_id).any(-1)
+                rest = state.tokens[:, window.stop :]
+                rest.masked_fill_(ended.unsqueeze(-1) & ~prompts.given[:, block.stop :], policy.eos_id)
+                over = ended.tolist()
+                active = [row for row in active if not over[row]]
+                if not active:
+                    break
+        return state.rollout(policy, prompts)
+
+    def _step(
+        self,
+        policy: Policy,
+        state: _State,
+        part: _Part,
+        block: slice,
+        at: int,
+        counts: Tensor,
+        left: int,
+        noise: Sequence[Tensor | None],
+        *,
+        shared: bool,
+        cache: Cache | None,
+        seen: slice,
+    ) -> None:
+        """Commit `counts` [N 1] tokens of a block in the rows of `part`, which have at most `left` holes."""
+        first = state.tokens.shape[1] - self.gen_length + block.start
+        window = slice(first, first + block.stop - block.start)
+        remaining = part(state.open[:, block])
+        columns = remaining.byte().argsort(dim=-1, descending=True, stable=True)[:, :left]
+        live = remaining.gather(1, columns)
+        draw, order = (None if n is None else n.gather(1, columns) for n in noise)
+        measures = self._measures()
+        ids, *measured = policy.propose(
+            part(state.tokens),
+            None if state.mask is None else part(state.mask),
+            columns + window.start,
+            self.temperature,
+            draw,
+            measures,
+            shared=shared,
+            cache=cache,
+            window=seen,
+        )
+        key = (measured[0] if order is None else order).masked_fill(~live, -torch.inf)
+        rank = key.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        picked = live & (rank < counts)
+        if self.near_tie is not None:
+            ties = ((measured[-1] <= self.near_tie) & picked).sum(-1)
+            if order is None:
+                ties = ties + (_lead(key, picked) <= self.near_tie)
+            part.put(state.near_ties, part(state.near_ties) + ties)
+        probability = measured[measures.index("probability")]
+        logps = probability.clamp_min(torch.finfo(torch.float32).tiny).log()
+        for whole, values in (
+            (state.tokens[:, window], ids),
+            (state.commit_step[:, block], torch.full_like(ids, at)),
+            (state.commit_logps[:, block], logps),
+            (state.open[:, block], torch.zeros_like(picked)),
+        ):
+            before = part(whole)
+            part.put(
+                whole, before.scatter(1, columns, torch.where(picked, values, before.gather(1, columns)))
+            )
+
+    def _measures(self) -> list[Measure]:
+        measures: list[Measure] = [CONFIDENCE.get(self.remasking, "probability")]
+        if "probability" not in measures:
+            measures.append("probability")
+        if self.near_tie is not None:
+            measures.append("lead")
+        return measures
+
+    def _noise(self, streams: Streams | None, steps: int) -> tuple[Tensor | None, Tensor | None]:
+        """Draw uniform numbers [B S W] for the tokens and for the order, where each is random."""
+        wanted = (self.temperature > 0, self.remasking == "random")
+        tokens, order = (
+            streams.uniform(steps, self.block_size, dtype=torch.double) if want and streams else None
+            for want in wanted
+        )
+        return tokens, order
+
+
+@dataclass
+class _State:
+    """Completions while they are decoded."""
+
+    tokens: Tensor  # [B L]
+    mask: Tensor | None  # [B L] True at real tokens; None where nothing is padded
+    open: Tensor  # [B T] holes that are not filled yet
+    commit_step: Tensor  # [B T]
+    commit_logps: Tensor  # [B T]
+    near_ties: Tensor  # [B]
+
+    @classmethod
+    def before(cls, prompts: Prompts, mask_id: int) -> _State:
+        """Return the state before the first step."""
+        completion = prompts.template.masked_fill(~prompts.given, mask_id)
         mask = None
         if not bool(prompts.mask.all()):
             mask = torch.cat([prompts.mask, torch.ones_like(prompts.given)], dim=-1)
-        commit_step = torch.full_like(completion, -1)
-        near_ties = torch.zeros_like(prompts.index)
-        done = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
-        starts = range(0, self.gen_length, self.block_size)
-        steps = max(1, self.steps // len(starts))
-        measures: list[Measure] = [] if self.remasking == "random" else [CONFIDENCE[self.remasking]]
-        if self.near_tie is not None:
-            measures.append("lead")
-        noise = self._noise(prompts.index, len(starts) * steps, seed)
+        return cls(
+            tokens=torch.cat([prompts.ids, completion], dim=-1),
+            mask=mask,
+            open=~prompts.given,
+            commit_step=torch.full_like(completion, -1),
+            commit_logps=torch.zeros(completion.shape, device=completion.device),
+            near_ties=torch.zeros_like(prompts.index),
+        )
 
-        for number, start in enumerate(starts):
-            block = slice(start, min(start + self.block_size, self.gen_length))
-            window = slice(width + block.start, width + block.stop)
-            remaining = ~prompts.given[:, block] & ~done.unsqueeze(-1)
-            counts = transfer_counts(remaining.sum(-1), steps)
-            for step in counts.any(0).nonzero().flatten().tolist():
-                at = number * steps + step
-                rows = counts[:, step].nonzero().flatten()  # the others commit nothing in this step
-                draw, order = (None if n is None else n[rows, at, : remaining.shape[1]] for n in noise)
-                seen = None if mask is None else mask[rows]
-                ids, *measured = policy.propose(tokens[rows], seen, window, self.temperature, draw, measures)
-                key = (measured[0] if order is None else order).masked_fill(~remaining[rows], -torch.inf)
-                rank = key.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-                picked = remaining[rows] & (rank < counts[rows, step, None])
-                if self.near_tie is not None:
-                    near_ties[rows] += ((measured[-1] <= self.near_tie) & picked).sum(-1)
-                    if order is None:
-                        near_ties[rows] += _lead(key, picked) <= self.near_tie
-                commit = torch.zeros_like(remaining)
-                commit[rows] = picked
-                chosen = torch.zeros_like(remaining, dtype=tokens.dtype)
-                chosen[rows] = ids
-                tokens[:, window] = torch.where(commit, chosen, tokens[:, window])
-                commit_step[:, block] = commit_step[:, block].masked_fill(commit, at)
-                remaining = remaining & ~commit
-            if self.stop_at_eos:
-                done = done | (tokens[:, window] == policy.eos_id).any(-1)
-                rest = done.unsqueeze(-1) & ~prompts.given[:, block.stop :]
-                tokens[:, window.stop :] = tokens[:, window.stop :].masked_fill(rest, policy.eos_id)
-                if bool(done.all()):
-                    break
-
-        completion = tokens[:, width:]
+    def rollout(self, policy: Policy, prompts: Prompts) -> Rollout:
+        """Return the completions as they are now."""
+        completion = self.tokens[:, prompts.ids.shape[1] :]
         return Rollout(
             prompt_ids=prompts.ids,
             prompt_mask=prompts.mask,
@@ -136,21 +294,35 @@ class Decoder:
             given=prompts.given,
             group=prompts.group,
             index=prompts.index,
-            commit_step=commit_step,
-            near_ties=near_ties,
+            commit_step=self.commit_step,
+            commit_logps=self.commit_logps,
+            near_ties=self.near_ties,
             texts=tuple(policy.text(row) for row in completion),
             examples=prompts.examples,
         )
 
-    def _noise(self, index: Tensor, steps: int, seed: int | None) -> tuple[Tensor | None, Tensor | None]:
-        """Draw uniform numbers [B S W] for the tokens and for the order, where each is random."""
-        wanted = (self.temperature > 0, self.remasking == "random")
-        if not any(wanted):
-            return None, None
-        if seed is None:
-            raise ValueError("decoding at temperature > 0 or with remasking=random needs a seed")
-        streams = Streams(seed, index)
-        tokens, order = (
-            streams.uniform(steps, self.block_size, dtype=torch.double) if want else None for want in wanted
+
+class _Part:
+    """Some of a batch's rows: reads and writes them in tensors [B ...], without waiting for the device."""
+
+    def __init__(self, rows: Sequence[int], batch: int, device: torch.device) -> None:
+        self.device = device
+        self._index = None if len(rows) == batch else self.tensor(rows)
+
+    def __call__(self, whole: Tensor) -> Tensor:
+        """Return the rows of `whole` [B ...]."""
+        return whole if self._index is None else whole[self._index]
+
+    def put(self, whole: Tensor, values: Tensor) -> None:
+        """Write `values` [N ...] to the rows of `whole` [B ...]."""
+        if self._index is None:
+            whole.copy_(values)
+        else:
+            whole[self._index] = values
+
+    def tensor(self, numbers: Sequence[Any]) -> Tensor:
+        """Return numbers as a tensor on the device; from pinned memory, since else the copy would wait."""
+        tensor = torch.tensor(numbers)
+        return (
+            tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
         )
-        return tokens, order

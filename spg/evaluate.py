@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -29,6 +30,7 @@ CHANGEABLE = ("eval_batch_size", "threads")
 # what says how completions are made, and nothing where they are made already
 OF_COMPLETING = (
     "run",
+    "adapter",
     "select",
     "split",
     "samples",
@@ -169,7 +171,17 @@ def settings(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             f"decoding.temperature={cfg.decoding.temperature} is that of rollouts in training; an evaluation "
             f"has its own: temperature={cfg.decoding.temperature}"
         )
+    if cfg.adapter is not None and cfg.run is not None:
+        raise ConfigError(
+            f"adapter={cfg.adapter} and run={cfg.run} can't be given together: a run's adapter is "
+            "evaluated with it; leave one of the two out"
+        )
     merged = cfg.copy() if cfg.run is None else of_run(cfg, overrides)
+    if cfg.adapter is not None:
+        OmegaConf.set_struct(merged, False)
+        merged.model.lora = of_folder(Path(cfg.adapter))
+        for key in (key for key in given if key == "model.lora" or key.startswith("model.lora.")):
+            log.warning("%s is not read: the folder adapter=%s has its own numbers", key, cfg.adapter)
     if cfg.split == "auto" and cfg.generations is None:
         # a checkpoint that the validation half chose is tested on the other half
         by_validation = cfg.run is not None and cfg.select == "validation"
@@ -178,12 +190,31 @@ def settings(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         if "parser" not in merged.task:
             raise ConfigError(f"parser={cfg.parser}: this task has one parser only; leave it out")
         merged.task.parser = cfg.parser
-    for key in ("run", "generations"):  # so that it goes on from another directory, too
+    for key in ("run", "adapter", "generations"):  # so that it goes on from another directory, too
         if cfg[key] is not None:
             merged[key] = str(Path(cfg[key]).absolute())
+    merged = config.settle(merged)
     config.check(merged)
     config.check_samples(merged)
     return merged
+
+
+def of_folder(folder: Path) -> dict[str, str]:
+    """Return the settings of the adapter in a PEFT folder; raises ConfigError where it is none of LoRA's."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        inner = folder / "adapter"
+        remedy = (
+            f"adapter={inner}" if (inner / path.name).is_file() else "the one that the run left, adapter/"
+        )
+        raise ConfigError(f"adapter={folder} is no PEFT folder: it has no adapter_config.json; give {remedy}")
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} can't be read ({error}); give another adapter=...") from error
+    if kind != "LORA":
+        raise ConfigError(f"{path}: an adapter of kind {kind} can't be evaluated; only LORA can")
+    return {"_target_": "spg.adapters.SavedLoRA", "folder": str(folder.absolute())}
 
 
 def _keys(overrides: list[str]) -> list[str]:

@@ -86,6 +86,8 @@ LIMITS: dict[str, Limit] = {
     "remasking": _one_of("low_confidence", "random", "margin", "entropy"),
     "near_tie": _or_null(NOT_NEGATIVE),
     "stop_at_eos": FLAG,
+    "cache": _one_of("none", "prefix", "dual"),
+    "refresh_every": _or_null(COUNT),
     # adapters
     "r": COUNT,
     "alpha": POSITIVE,
@@ -100,13 +102,14 @@ LIMITS: dict[str, Limit] = {
     "eps": POSITIVE,
     "prompts_per_rollout": COUNT,
     "micro_batch_size": _or_null(COUNT),
+    "cut_completions": FLAG,
     "max_updates": COUNT,
     "threads": COUNT,
     "accelerator": _one_of("cpu", "cuda", "auto"),
-    "strategy": _one_of("auto", "ddp"),
+    "strategy": _one_of("auto", "ddp", "fsdp"),
     "devices": COUNT,
     "keep_every": _or_null(COUNT),
-    "precision": _one_of("32-true", "bf16-mixed", "bf16-true"),
+    "precision": _one_of("32-true", "bf16-mixed"),
     # evaluation, checkpoints, logging
     "batch_size": COUNT,
     "eval_batch_size": COUNT,
@@ -117,6 +120,11 @@ LIMITS: dict[str, Limit] = {
     "split": _one_of("auto", "validation", "test", "heldout"),
     "samples": COUNT,
     "select": _one_of("validation", "test_average"),
+    # export
+    "merge": FLAG,
+    "cast": _one_of("keep", "float32", "bfloat16"),
+    "shard_mb": COUNT,
+    "unquantized": FLAG,
     # tasks
     "format": _one_of("template", "completion"),
     "reward": _one_of("intended", "released", "rules"),
@@ -133,7 +141,7 @@ LIMITS: dict[str, Limit] = {
     "min_empty": Limit(lambda v: _is_int(v) and 1 <= v <= 12, "a whole number from 1 to 12"),
     "max_empty": Limit(lambda v: _is_int(v) and 1 <= v <= 12, "a whole number from 1 to 12"),
     "train_size": COUNT,
-    "eval_size": COUNT,
+    "eval_size": _or_null(COUNT),  # null only where rows come from files
     "data_seed": COUNT_OR_ZERO,
     "isolation": _one_of("auto", "user_id", "none"),
     "wall_seconds": POSITIVE,
@@ -149,6 +157,17 @@ LIMITS: dict[str, Limit] = {
     "embedding_size": COUNT,
     "rope_theta": POSITIVE,
     "rms_norm_eps": POSITIVE,
+    "hidden_size": COUNT,
+    "num_hidden_layers": COUNT,
+    "num_attention_heads": COUNT,
+    "num_key_value_heads": COUNT,
+    "head_dim": COUNT,
+    "intermediate_size": COUNT,
+    "tie_word_embeddings": FLAG,
+    "dtype": _one_of("float32", "bfloat16"),
+    "quantization": _or_null(_one_of("nf4")),
+    "checkpointing": FLAG,
+    "compile": FLAG,
 }
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,10 +23,11 @@ import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from spg.advantages import Advantage
-from spg.collect import Evaluation, Timing, collect, evaluate
+from spg.collect import Collected, Evaluation, collect, evaluate
 from spg.data import PromptStream
 from spg.decoding import Decoder
 from spg.errors import RunError
@@ -34,6 +36,7 @@ from spg.masking import MaskingStrategy
 from spg.objectives import Objective
 from spg.policy import Policy
 from spg.seeding import derive_seed
+from spg.sharding import Sharded
 from spg.tasks.base import Task
 from spg.types import Cohort, Experience, MaskedSamples
 
@@ -72,6 +75,8 @@ class Training(pl.LightningModule):
     sampler decodes rollouts, evaluator held-out completions. prompts: the examples of each rollout,
     shared out among the processes. mu: inner updates on each rollout. micro_batch_size: masked
     sequences (completions x draws) in one forward pass; None for all; it changes no gradient.
+    cut_completions: leave out what lies behind the last position that may be scored in any sequence that is
+    learned from: masked positions, which a policy sees while it decodes, so that this is no exact saving.
     max_updates ends the run, if need be in the middle of a rollout's updates. identity: settings that
     a checkpoint must share with the run that it is loaded into.
     """
@@ -93,12 +98,14 @@ class Training(pl.LightningModule):
         max_updates: int,
         seed: int,
         micro_batch_size: int | None = None,
+        cut_completions: bool = False,
         eval_batch_size: int = 256,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_limits(mu=mu, group_size=group_size, max_updates=max_updates, seed=seed)
         check_limits(micro_batch_size=micro_batch_size, eval_batch_size=eval_batch_size)
+        check_limits(cut_completions=cut_completions)
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold what is trained; `on_load_checkpoint` checks that
         self.policy = policy
@@ -115,6 +122,7 @@ class Training(pl.LightningModule):
         self.max_updates = max_updates
         self.seed = seed
         self.micro_batch_size = micro_batch_size
+        self.cut_completions = cut_completions
         self.eval_batch_size = eval_batch_size
         self.identity = dict(identity or {})
         self.rollouts = 0  # rollouts done
@@ -200,9 +208,12 @@ class Training(pl.LightningModule):
         # a ratio to what the policy was would measure the dropout's noise
         self.policy.train("old" not in self.objective.needs)
         optimizer.zero_grad()
+        if self.cut_completions:
+            longest = self.longest(experience, samples)
+            experience = replace(experience, rollout=experience.rollout.until(longest))
+            samples = samples.until(longest)
         loss, figures = self.backward_through(experience, samples)
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.optimization.max_grad_norm)
+        norm = self._clip([p for p in self.policy.parameters() if p.requires_grad])
         learned = self.objective.learns_from(experience)
         # over all processes: the shares of the loss, how many sequences are learned from, their figures
         sums = torch.stack([loss, learned.sum(), *((f * learned).sum() for f in figures.values())])
@@ -215,6 +226,12 @@ class Training(pl.LightningModule):
         scheduler.step()
         means = {name: value / max(count, 1) for name, value in zip(figures, rest, strict=True)}
         return {"loss": total, **means, "grad_norm": float(norm), "lr": lr}
+
+    def longest(self, experience: Experience, samples: MaskedSamples) -> int:
+        """Return how far the longest completion reaches that any process learns from, 1 or more."""
+        region = samples.region & self.objective.learns_from(experience).unsqueeze(-1)
+        reach = (torch.arange(1, region.shape[-1] + 1, device=region.device) * region).amax()
+        return max(1, int(self.gathered(reach.view(1)).max()))
 
     def backward_through(
         self, experience: Experience, samples: MaskedSamples
@@ -237,7 +254,7 @@ class Training(pl.LightningModule):
             for piece in pieces:
                 token_logps = token_logps.index_put(piece, self._token_logps(experience, samples, piece))
             loss, figures = self.objective(token_logps, samples, experience, cohort, reference)
-            self._backward([loss] if pieces else [])
+            self._backward(iter([loss] if pieces else []), len(pieces), experience, samples)
             return loss.detach(), figures
 
         states: list[Tensor] = []
@@ -253,7 +270,7 @@ class Training(pl.LightningModule):
                 _set_random_state(state, frozen.device)  # the same dropout as in the first pass
                 yield (self._token_logps(experience, samples, piece) * gradient[piece]).sum()
 
-        self._backward(again(), len(pieces))
+        self._backward(again(), len(pieces), experience, samples)
         _set_random_state(after, frozen.device)
         return loss.detach(), figures
 
@@ -266,19 +283,46 @@ class Training(pl.LightningModule):
         with self.policy.as_reference(), torch.no_grad():
             return self.all_logps(experience, samples, pieces)
 
-    def _backward(self, losses: Iterable[Tensor], count: int | None = None) -> None:
-        """Run the backward passes of this process; the last one sums gradients over the processes."""
-        losses = list(losses) if count is None else losses
-        count = len(losses) if isinstance(losses, list) else count
+    def _backward(
+        self, losses: Iterator[Tensor], count: int, experience: Experience, samples: MaskedSamples
+    ) -> None:
+        """Run the backward passes of this process; the last one sums gradients over the processes.
+
+        Where weights are sliced each of them does, so that every process makes as many as the others.
+        """
         if self.processes > 1:
-            if not self.gathered(torch.tensor([count], device=self.device)).any():
-                return
-            if count == 0:  # the others wait for this process's gradients
-                weights = [p for p in self.policy.parameters() if p.requires_grad]
-                losses, count = [torch.stack([w.sum() for w in weights]).sum() * 0.0], 1
+            most = int(self.gathered(torch.tensor([count], device=self.device)).max())
+            if self.sharded is None:
+                most = min(most, 1)  # the others wait for this process's gradients, once
+            idle = max(0, most - count)
+            losses = chain(losses, (self._nothing(experience, samples) for _ in range(idle)))
+            count += idle
         for number, loss in enumerate(losses, start=1):
             with nullcontext() if number == count else self._unsynchronised():
                 self.manual_backward(loss * self.processes)  # ddp takes the mean
+
+    def _nothing(self, experience: Experience, samples: MaskedSamples) -> Tensor:
+        """Return a zero that depends on all weights: log-probabilities at one position, times 0."""
+        rollout = experience.rollout
+        scored = torch.zeros_like(samples.scored[:1, 0])
+        scored[:, 0] = True
+        mask = rollout.attention_mask[:1]
+        tokens, targets = samples.tokens[:1, 0], rollout.completion_ids[:1]
+        return self.policy.token_logps(tokens, mask, targets, scored).sum() * 0.0
+
+    def _clip(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Scale the gradients down to `max_grad_norm`, if they are larger, and return their norm before."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.optimization.max_grad_norm, norm)
+        return norm
+
+    @property
+    def sharded(self) -> Sharded | None:
+        """The strategy that slices the weights, None where each process has all of them."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        return strategy if isinstance(strategy, Sharded) else None
 
     def _unsynchronised(self) -> AbstractContextManager[None]:
         strategy = None if self._trainer is None else self.trainer.strategy
@@ -318,14 +362,15 @@ class Training(pl.LightningModule):
     ) -> Tensor:
         rows, _ = piece
         rollout = experience.rollout
-        mask = None
+        tokens, mask = samples.tokens[piece], None
         if not bool(rollout.prompt_mask.all()):
             mask = rollout.attention_mask[rows]
-        return self.policy.token_logps(
-            samples.tokens[piece], mask, rollout.completion_ids[rows], samples.scored[piece]
-        )
+            padding = int((~mask.any(0)).sum())  # on the left of every row of the piece, seen by none
+            tokens, mask = tokens[:, padding:], mask[:, padding:]
+            mask = None if bool(mask.all()) else mask
+        return self.policy.token_logps(tokens, mask, rollout.completion_ids[rows], samples.scored[piece])
 
-    def _rollout_metrics(self, experience: Experience, timing: Timing) -> dict[str, float]:
+    def _rollout_metrics(self, experience: Experience, timing: Collected) -> dict[str, float]:
         self.seconds["rollout"] += timing.rollout
         self.seconds["reward"] += timing.reward
         rollout = experience.rollout
@@ -337,6 +382,8 @@ class Training(pl.LightningModule):
             "completions/clipped_ratio": ~ended,
             **{f"rewards/{name}/mean": part for name, part in experience.reward_parts.items()},
         }
+        if timing.logp_difference is not None:
+            own["sampling/logp_difference"] = timing.logp_difference
         rows = self.gathered(torch.stack([row.float() for row in own.values()], 1))
         means = dict(zip(own, rows.mean(0).tolist(), strict=True))
         spread = rows[:, 0].view(-1, self.group_size).std(-1)
@@ -358,12 +405,12 @@ class Training(pl.LightningModule):
         rollout = experience.rollout
         own = [(dict(rollout.examples[i]), rollout.texts[i], float(experience.rewards[i])) for i in culprits]
         named = self.joined(own)
-        state = {n: p.detach().cpu() for n, p in self.policy.named_parameters() if p.requires_grad}
+        state = self.saved()  # every process, also those that keep nothing
         record = {
             "what": what,
             "update": self.updates + 1,
             "rollout": self.rollouts,
-            "weights": state,
+            "weights": {name.removeprefix("policy."): tensor for name, tensor in state.items()},
             "parts": self.joined(
                 [{"experience": asdict(experience), "samples": None if samples is None else asdict(samples)}]
             ),
@@ -453,6 +500,34 @@ class Training(pl.LightningModule):
         """Return the tensors that training changes, by their names in the module's state."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    def saved(self) -> dict[str, Tensor]:
+        """Return the trained tensors on the CPU; whole and on the first process where weights are sliced.
+
+        Every process must call it.
+        """
+        trained = self.trained()
+        if self.sharded is not None:
+            state = self.sharded.lightning_module_state_dict()
+            return {name: tensor for name, tensor in state.items() if name in trained}
+        return {name: tensor.detach().cpu() for name, tensor in trained.items()}
+
+    def remembered(self) -> dict[str, Tensor]:
+        """Return copies of the trained tensors, where weights are sliced of this process's slices."""
+        if self.sharded is not None:
+            return self.sharded.slices()
+        return {name: tensor.detach().clone() for name, tensor in self.trained().items()}
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill the trained tensors with whole ones, as a checkpoint has them, or with `remembered` ones.
+
+        Raises RunError where they do not fit.
+        """
+        self._check_fit(tensors)
+        if self.sharded is not None:
+            self.sharded.fill(tensors)
+        else:
+            self.load_state_dict(tensors, strict=False)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add counters and identity; keep the trained tensors and leave Lightning's loops out.
 
@@ -484,14 +559,7 @@ class Training(pl.LightningModule):
                     f"the checkpoint belongs to a run with {key}={before}, this one has {key}={now}; "
                     "resume with the run's own settings, or start a new run"
                 )
-        expected = {name: tuple(t.shape) for name, t in self.trained().items()}
-        found = {name: tuple(t.shape) for name, t in checkpoint["state_dict"].items()}
-        if expected != found:
-            name = min(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-            raise RunError(
-                f"the checkpoint does not fit the model: {name} is {found.get(name, 'missing')} in it and "
-                f"{expected.get(name, 'not trained')} here"
-            )
+        self._check_fit(checkpoint["state_dict"])
         if own["updates"] > self.max_updates:
             raise RunError(
                 f"the checkpoint has done {own['updates']} updates already, but trainer.max_updates="
@@ -500,6 +568,16 @@ class Training(pl.LightningModule):
         self.rollouts, self.updates = own["rollouts"], own["updates"]
         self.latest, self.seconds = dict(own["latest"]), dict(own["seconds"])
         self.earlier = own["elapsed"]
+
+    def _check_fit(self, tensors: Mapping[str, Tensor]) -> None:
+        expected = {name: tuple(t.shape) for name, t in self.trained().items()}
+        found = {name: tuple(t.shape) for name, t in tensors.items()}
+        if expected != found:
+            name = min(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+            raise RunError(
+                f"the checkpoint does not fit the model: {name} is {found.get(name, 'missing')} in it and "
+                f"{expected.get(name, 'not trained')} here"
+            )
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +15,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 
 from spg.adapters import LoRA, add_adapter, load_adapter, save_adapter
 from spg.errors import InputError
-from spg.models.network import Network, Places
+from spg.limits import check_limits
+from spg.models.head import rows_at_once
+from spg.models.network import Cache, Network, Places
 from spg.tasks.base import Chat, Example, Template
 from spg.types import Prompts
 
@@ -31,16 +32,19 @@ Measure = Literal["probability", "margin", "negative_entropy", "lead"]
 class Policy(nn.Module):
     """A masked diffusion language model, pi(x_i | z_t, c) for every masked position at once.
 
-    head_chunk: positions that the output head takes at a time; beyond it, logits are computed chunk
-    by chunk and again in the backward pass. Raises ValueError where the tokenizer lacks a mask, EOS
-    or padding token.
+    precision: `32-true`, or `bf16-mixed` for a network that computes in bfloat16 (autocast); softmax and
+    sampling are in float32 or better always. Raises ValueError where the tokenizer lacks a mask, EOS or
+    padding token.
     """
 
-    def __init__(self, network: Network, tokenizer: PreTrainedTokenizerBase, head_chunk: int = 16384) -> None:
+    def __init__(
+        self, network: Network, tokenizer: PreTrainedTokenizerBase, precision: str = "32-true"
+    ) -> None:
         super().__init__()
+        check_limits(precision=precision)
         self.network = network
         self.tokenizer = tokenizer
-        self.head_chunk = head_chunk
+        self.precision = precision
         self.mask_id = self._token_id("mask_token_id")
         self.eos_id = self._token_id("eos_token_id")
         self.pad_id = self._token_id("pad_token_id")
@@ -180,6 +184,16 @@ class Policy(nn.Module):
     def _tensor(self, rows: Sequence[Sequence[int | bool]]) -> Tensor:
         return torch.tensor(rows, dtype=torch.long, device=self.device)
 
+    def computing(self) -> AbstractContextManager[None]:
+        """Return the context in which the network computes in the policy's precision.
+
+        It is entered for one pass at a time: autocast keeps its copies of weights while it lasts, and would
+        not see that an optimizer changed them.
+        """
+        if self.precision == "32-true":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
     def token_logps(self, tokens: Tensor, mask: Tensor | None, targets: Tensor, scored: Tensor) -> Tensor:
         """Return log pi(targets | tokens) [N T] at the scored positions, 0 elsewhere, in float32.
 
@@ -187,74 +201,88 @@ class Policy(nn.Module):
         scored [N T] belong to the last T positions.
         """
         width = tokens.shape[1] - targets.shape[1]
-        picked = self.network.hidden(tokens, mask, Places.of(F.pad(scored, (width, 0))))
-        wanted = targets[scored]
-        if len(picked) <= self.head_chunk:
-            logps = self._log_softmax_at(picked, wanted)
-        else:
-            size = self.head_chunk
-            pieces = zip(torch.split(picked, size), torch.split(wanted, size), strict=True)
-            logps = torch.cat(
-                [checkpoint(self._log_softmax_at, h, t, use_reentrant=False) for h, t in pieces]
-            )
+        with self.computing():
+            picked = self.network.hidden(tokens, mask, Places.of(F.pad(scored, (width, 0))))
+            logps = self.network.logps(picked, targets[scored])
         return torch.zeros(targets.shape, device=logps.device).masked_scatter(scored, logps)
-
-    def _log_softmax_at(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(self.network.logits(hidden).float(), targets, reduction="none")
 
     @torch.no_grad()
     def propose(
         self,
         tokens: Tensor,
         mask: Tensor | None,
-        window: slice,
+        columns: Tensor,
         temperature: float,
         noise: Tensor | None,
         measures: Sequence[Measure] = ("probability",),
+        *,
+        shared: bool = True,
+        cache: Cache | None = None,
+        window: slice | None = None,
     ) -> tuple[Tensor, ...]:
-        """Choose a token for every position of a window, and measure how clear each choice is.
+        """Choose a token for every position of `columns` [N K], and measure how clear each choice is.
 
-        tokens [N L]; mask [N L] or None; the window has W of the L positions. At temperature 0 the
-        likeliest token; above it a draw from softmax(logits / temperature) by inverse CDF in
-        float64, from noise [N W] uniform on [0, 1). [MASK], padding (unless it is EOS) and rows of the
-        head that belong to no token are never chosen. Returns ids [N W] and each of `measures` [N W],
-        in float32, at temperature 1 and without noise: `probability` of the chosen token; `margin`, by
-        which the likeliest token's probability exceeds the next one's; `negative_entropy` of the
-        distribution, in nats; `lead`, the same two tokens' distance in logits, which is that in
-        log-probabilities.
+        tokens [N L]; mask [N L] or None. At temperature 0 the likeliest token; above it a draw from
+        softmax(logits / temperature) by inverse CDF in float64, from noise [N K] uniform on [0, 1). [MASK],
+        padding (unless it is EOS) and rows of the head that belong to no token are never chosen. shared:
+        compute equal rows once, which has to wait for the device. cache: of these rows; where it is filled,
+        only the positions of `window`, which holds those of `columns`, are computed, else all, and it is
+        filled.
+
+        Returns ids [N K] and each of `measures` [N K], in float32, at temperature 1 and without noise:
+        `probability` of the chosen token; `margin`, by which the likeliest token's probability exceeds the
+        next one's; `negative_entropy` of the distribution, in nats; `lead`, the same two tokens' distance in
+        logits, which is that in log-probabilities.
         """
-        # equal rows, as the completions of one prompt are at first, are computed once
-        rows = tokens if mask is None else 2 * tokens + mask
-        distinct, which = torch.unique(rows, dim=0, return_inverse=True)
-        first = torch.zeros_like(distinct[:, 0]).scatter(
-            0, which, torch.arange(len(rows), device=rows.device)
-        )
-        tokens, mask = tokens[first], None if mask is None else mask[first]
-        at = torch.zeros_like(tokens, dtype=torch.bool)
-        at[:, window] = True
-        logits = self.network.logits(self.network.hidden(tokens, mask, Places.of(at))).float()
-        logits = logits.view(len(tokens), -1, logits.shape[-1])
+        with self.computing():
+            if cache is not None and cache.filled:
+                assert window is not None
+                seen = tokens[:, window]
+                at = Places(columns - window.start)
+                states = self.network.hidden(seen, mask, at, cache, window.start)
+            elif shared:
+                rows = torch.cat([tokens if mask is None else 2 * tokens + mask, columns], dim=1)
+                first, which = distinct_rows(rows)
+                own = None if mask is None else mask[first]
+                few = self.network.hidden(tokens[first], own, Places(columns[first]), cache)
+                states = few.view(len(first), -1, few.shape[-1])[which].flatten(0, 1)
+                if cache is not None:
+                    cache.select(which)
+            else:
+                states = self.network.hidden(tokens, mask, Places(columns), cache)
+        noise = None if noise is None or temperature == 0 else noise.flatten()
+        size = rows_at_once(self.network.head_width, states.device)
+        pieces = range(0, len(states), size)
+        found = [
+            self._choose(
+                states[i : i + size], temperature, None if noise is None else noise[i : i + size], measures
+            )
+            for i in pieces
+        ]
+        return tuple(torch.cat(parts).view_as(columns) for parts in zip(*found, strict=True))
+
+    def _choose(
+        self, states: Tensor, temperature: float, noise: Tensor | None, measures: Sequence[Measure]
+    ) -> tuple[Tensor, ...]:
+        """Choose a token from each of states [S D], and measure the choices; see `propose`."""
+        with self.computing():
+            logits = self.network.logits(states)
+        logits = logits.float()
         never = self._never_chosen(logits.shape[-1], logits.device)
         allowed = logits.masked_fill(never, -torch.inf)
-        if temperature == 0 or noise is None:
-            ids = allowed.argmax(-1)[which]
-        else:
-            cumulative = (allowed.double() / temperature).softmax(-1).cumsum(-1)[which]
-            threshold = noise.double().unsqueeze(-1) * cumulative[..., -1:]
-            ids = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-            ids = ids.clamp_max(logits.shape[-1] - 1)
+        ids = allowed.argmax(-1) if noise is None else _draw(allowed.double() / temperature, noise)
 
         def measured(name: Measure) -> Tensor:
             if name == "lead":
-                return _ahead(allowed)[which]
+                return _ahead(allowed)
             # over the whole head, as released: what is never chosen takes its share of the probability
             probabilities = logits.softmax(-1)
             if name == "probability":
-                return probabilities[which].gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+                return probabilities.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
             if name == "margin":
-                return _ahead(probabilities.masked_fill(never, 0.0))[which]
+                return _ahead(probabilities.masked_fill(never, 0.0))
             # `entr` is 0 at 0, where p log p has no value
-            return -torch.special.entr(probabilities).sum(-1)[which]
+            return -torch.special.entr(probabilities).sum(-1)
 
         return ids, *map(measured, measures)
 
@@ -267,6 +295,21 @@ class Policy(nn.Module):
             never[self.pad_id] = True
         self._never = never
         return never
+
+
+def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for rows [N L] the numbers [U] of the different ones, and which of these each row is [N]."""
+    distinct, which = torch.unique(rows, dim=0, return_inverse=True)
+    numbers = torch.arange(len(rows), device=rows.device)
+    return torch.zeros_like(distinct[:, 0]).scatter(0, which, numbers), which
+
+
+def _draw(logits: Tensor, noise: Tensor) -> Tensor:
+    """Draw from softmax(logits) [S V] by inverse CDF, from noise [S] uniform on [0, 1), all in float64."""
+    cumulative = logits.softmax(-1).cumsum(-1)
+    threshold = noise.unsqueeze(-1) * cumulative[..., -1:]
+    ids = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    return ids.clamp_max(logits.shape[-1] - 1)
 
 
 def _ahead(values: Tensor) -> Tensor:

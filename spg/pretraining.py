@@ -21,24 +21,38 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
+from spg.adapters import name_base
 from spg.collect import Evaluation, evaluate
 from spg.config import ConfigError, build
 from spg.data import PromptStream
 from spg.decoding import Decoder, through_first
+from spg.errors import InputError
 from spg.estimators import ELBO
 from spg.masking import Random
+from spg.models.network import Network
 from spg.policy import Policy
+from spg.published import CONFIG, WEIGHTS, config_fields, folder_of, sizes
+from spg.quantization import check_nf4, prepare_nf4, quantise
 from spg.seeding import derive_seed
 from spg.tasks.base import Example, Task
 from spg.types import Rollout
-from spg.weights import load_weights, save_weights
+from spg.weights import load_published, load_weights, save_weights
 
 log = logging.getLogger(__name__)
 
 # raised when the same settings begin to mean other weights
 VERSION = 2
 ASSETS = Path(__file__).parent / "assets"
+# what the model's settings were before there was a choice
+BEFORE: dict[str, Any] = {
+    "dtype": "float32",
+    "quantization": None,
+    "precision": "32-true",
+    "checkpointing": False,
+    "compile": False,
+}
 
 
 class Pretraining(pl.LightningModule):
@@ -100,6 +114,7 @@ def as_rollout(policy: Policy, task: Task, examples: list[Example], gen_length: 
         group=prompts.group,
         index=prompts.index,
         commit_step=torch.full_like(completion, -1),
+        commit_logps=torch.zeros(completion.shape, device=completion.device),
         near_ties=torch.zeros_like(prompts.index),
         texts=tuple(texts),
         examples=tuple(examples),
@@ -110,7 +125,7 @@ def combination(cfg: DictConfig) -> dict[str, Any]:
     """Return all that base weights depend on: model, task and pretraining settings."""
     # base weights are made on generated examples, whatever file or reward the run itself uses
     left_out = {
-        "model": ["weights", "lora"],
+        "model": ["weights", "lora", "path", "revision", "prompt_style", *BEFORE],
         "task": ["reward", "eval_size", "path", "parser", "prompt_file"],
         "pretrain": [],
     }
@@ -138,10 +153,11 @@ def cache_dir() -> Path:
 
 
 def check_device(cfg: DictConfig) -> None:
-    """Raise ConfigError where `cfg` asks for a CUDA device and there is none."""
+    """Raise ConfigError where `cfg` asks for a CUDA device, or what needs one, and there is none."""
     key = "trainer.accelerator" if "trainer" in cfg else "accelerator"
     if OmegaConf.select(cfg, key) == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{key}=cuda: torch finds no CUDA device here; give {key}=cpu, or auto")
+    check_nf4_of(cfg)
 
 
 def check_reads(cfg: DictConfig, task: Task, example: Example) -> None:
@@ -157,23 +173,138 @@ def check_reads(cfg: DictConfig, task: Task, example: Example) -> None:
 
 
 def build_policy(cfg: DictConfig) -> Policy:
-    """Build the configured policy with its weights, base, random or a file's, and its adapter."""
-    policy = Policy(build(cfg.model.network), build(cfg.model.tokenizer))
-    _load(policy, cfg)
+    """Build the configured policy with its weights and its adapter, which are trained in float32.
+
+    Weights are base (trained here), published, random or a file's; raises ConfigError where they can't be had
+    or don't fit. What is not trained is kept in model.dtype, or in 4 bits. Networks other than base ones are
+    made where they are used, tensor by tensor.
+    """
+    check_nf4_of(cfg)
+    tokenizer = build(cfg.model.tokenizer)
+    network = _base(cfg) if cfg.model.weights == "base" else _large(cfg, tokenizer)
+    name_base(network, base_name(cfg))
+    network.checkpointing = setting(cfg, "checkpointing")
+    policy = Policy(network, tokenizer, setting(cfg, "precision"))
     if cfg.model.lora is not None:
         policy.adapt(build(cfg.model.lora))
+    if setting(cfg, "compile"):
+        network.compile_layers()
     return policy
 
 
-def _load(policy: Policy, cfg: DictConfig) -> None:
-    if cfg.model.weights == "random":
+def setting(cfg: DictConfig, name: str) -> Any:
+    """Return a setting of the model; one that a run of version 0.3 does not have is what it was there."""
+    return cfg.model.get(name, BEFORE[name])
+
+
+def device_of(cfg: DictConfig) -> torch.device:
+    """Return the device that a process of a run or an evaluation computes on."""
+    kind = OmegaConf.select(cfg, "trainer.accelerator" if "trainer" in cfg else "accelerator")
+    if kind == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def check_nf4_of(cfg: DictConfig) -> None:
+    """Raise ConfigError where `cfg` asks for weights in 4 bits, and device or library are not there."""
+    if setting(cfg, "quantization") is None:
         return
-    path = base_weights(cfg) if cfg.model.weights == "base" else Path(cfg.model.weights)
     try:
-        load_weights(policy.network, path)
+        check_nf4(device_of(cfg))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def base_name(cfg: DictConfig) -> str | None:
+    """Return the name of the weights that an adapter is trained on: hub id, folder or file; None: random."""
+    if cfg.model.weights == "random":
+        return None
+    if cfg.model.weights == "base":
+        return file_name(cfg)
+    name = cfg.model.path if cfg.model.weights == "published" else cfg.model.weights
+    return str(name)
+
+
+def _base(cfg: DictConfig) -> Network:
+    """Build a small network with base weights, which are made now where there are none."""
+    path = base_weights(cfg)
+    network: Network = build(cfg.model.network)
+    try:
+        load_weights(network, path)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     log.info("Weights: %s", path)
+    return network.to(_dtype(cfg))
+
+
+def _large(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Network:
+    """Build a network with other weights where it is used and in its type, without a copy on the way."""
+    device, dtype = device_of(cfg), _dtype(cfg)
+    nf4 = setting(cfg, "quantization") == "nf4"
+    with torch.device("meta"):
+        network: Network = build(cfg.model.network, seed=None)
+    if len(tokenizer) > network.head_width:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, and the model's head {network.head_width} rows; "
+            "give the tokenizer that belongs to the model (model.tokenizer)"
+        )
+    if cfg.model.weights == "random":
+        _draw(network.to(dtype).to_empty(device=device), OmegaConf.select(cfg, "pretrain.seed", default=0))
+        if nf4:
+            quantise(network, device, dtype)
+        return network
+    try:
+        place = Path(cfg.model.weights)
+        if cfg.model.weights == "published":
+            place = folder_of(cfg.model.path, cfg.model.get("revision"), WEIGHTS)
+            if (place / CONFIG).is_file():  # else the tensors' shapes tell
+                _check_config(cfg, place, tokenizer)
+        files = load_published(
+            network, place, dtype, device, prepare_nf4(network, device, dtype) if nf4 else None
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    kept = "nf4 and " if nf4 else ""
+    log.info(
+        "Weights: %s (%d files), in %s%s on %s", place, files, kept, str(dtype).removeprefix("torch."), device
+    )
+    return network
+
+
+def _dtype(cfg: DictConfig) -> torch.dtype:
+    """Return the type of the network's own weights: what a run trains is float32."""
+    trained = cfg.model.lora is None and "trainer" in cfg
+    name: str = "float32" if trained else setting(cfg, "dtype")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _draw(network: Any, seed: int) -> None:
+    """Draw the weights of a network that has room for them, and no values yet."""
+    network.initialise(seed)
+    if hasattr(network, "settle_buffers"):
+        network.settle_buffers(next(network.parameters()).device)
+
+
+def _check_config(cfg: DictConfig, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError where a published folder has other sizes than `cfg`, or another mask.
+
+    Sizes of a local folder are in `cfg` already.
+    """
+    fields, file = config_fields(folder), folder / CONFIG
+    own = cfg.model.network.config
+    for name, value in sizes(cfg.model.network._target_, fields, file).items():
+        if own[name] != value:
+            raise InputError(
+                f"model.network.config.{name}={own[name]}, but {file} of {cfg.model.path} says {value}; give "
+                f"model.network.config.{name}={value}, or another model.path"
+            )
+    mask = fields.get("mask_token_id")
+    if mask is not None and mask != tokenizer.mask_token_id:
+        raise InputError(
+            f"{file} says mask_token_id={mask}, and the tokenizer's mask is {tokenizer.mask_token} "
+            f"({tokenizer.mask_token_id}); give the model's own tokenizer, or another model.path"
+        )
 
 
 def base_weights(cfg: DictConfig) -> Path:
@@ -190,6 +321,11 @@ def pretrain(cfg: DictConfig, folder: Path) -> Path:
     """Train base weights, write them and their card to `folder`, and return the weights' file."""
     started = time.perf_counter()
     check_device(cfg)
+    if cfg.model.get("path") is not None:
+        raise ConfigError(
+            f"this model is published ({cfg.model.path}) and has weights; base ones are made of small "
+            "models: model=tiny, or model=llada_toy"
+        )
     # those of a file may be held out: only generated examples, or a training file, are learned here
     task: Task = build(cfg.task, path=None)
     demonstrations = task.demonstrations()

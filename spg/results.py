@@ -138,10 +138,14 @@ def beside(record: Mapping[str, Any]) -> list[str]:
         return [f"{score}; shots, decoding and model as they were for {settings['generations']}"]
     model = f"model {settings['network']}, weights {settings['weights']}"
     model += f", run {settings['run']}" if settings["run"] else ""
+    model += f", adapter {settings['adapter']}" if settings.get("adapter") else ""
     decoding = (
         f"{settings['gen_length']} tokens in {settings['steps']} steps, blocks of {settings['block_size']}, "
         f"{settings['remasking']}, temperature {settings['temperature']:g}"
     )
+    if settings.get("cache", "none") != "none":
+        every = settings["refresh_every"]
+        decoding += f", {settings['cache']} cache" + (f" refreshed every {every} steps" if every else "")
     if settings["temperature"] > 0 or settings["remasking"] == "random":
         decoding += f", {settings['samples']} samples, seed {settings['seed']}"
     return [
@@ -180,7 +184,7 @@ def report(folder: Path) -> None:
     A checkpoint is chosen by its average over the lengths, in each setting of the other swept keys.
     """
     sweep, jobs = sweeps.read_sweep(folder), sweeps.read_jobs(folder)
-    who = [key for key in sweep.swept if key in ("run", "generations") or key.startswith("model")]
+    who = [key for key in sweep.swept if key in ("run", "adapter", "generations") or key.startswith("model")]
     what = [key for key in sweep.swept if key not in (*who, "gen_length")]
     records = {job.name: _read(job.folder / "results.json") for job in jobs if job.state == "finished"}
     rows = _rows(jobs, records, who, what)

@@ -72,6 +72,7 @@ def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
             "another hydra.run.dir"
         )
     with at_work(folder):
+        cfg = config.settle(cfg)
         _new(cfg, folder, overrides)
         _work(cfg, folder)
 
@@ -95,7 +96,9 @@ def resume(path: str, overrides: list[str]) -> None:
     checkpoint = target if target.suffix == ".ckpt" else None
     if rank() > 0:
         _train(changed_cfg, folder, started, checkpoint)
-        return
+        logging.shutdown()
+        # gloo's threads may abort an ordinary exit, which the first process would take for a death
+        os._exit(0)
     with at_work(folder):
         if read_status(folder).get("state") == "finished" and checkpoint is None and changed_cfg == cfg:
             raise ConfigError(
@@ -115,19 +118,20 @@ def sweep_job(cfg: DictConfig, folder: Path, overrides: list[str], values: Mappi
 
     def work() -> bool:
         config.check(cfg)
+        own = config.settle(cfg)
         fresh = not (folder / "config.yaml").exists()
         if fresh:
-            _new(cfg, folder, overrides)
+            _new(own, folder, overrides)
         before = read_config(folder)
-        same(identity(before), identity(cfg), folder)
+        same(identity(before), identity(own), folder)
         finished = read_status(folder).get("state") == "finished"
-        if finished and cfg.trainer.max_updates <= before.trainer.max_updates:
+        if finished and own.trainer.max_updates <= before.trainer.max_updates:
             log.info("Finished already: %s", folder)
             return False
         if not fresh:
-            write_config(cfg, folder)
+            write_config(own, folder)
         write_status(folder, overrides=dict(values))
-        return _work(cfg, folder, group=folder.parent.name)
+        return _work(own, folder, group=folder.parent.name)
 
     one_of_many(folder, values, work)
 
@@ -196,6 +200,8 @@ def of_this_version(path: str) -> DictConfig:
         raise ConfigError(f"{other}: its config.yaml has no {', '.join(missing)}; {remedy}")
     if cfg.task.get("reward") == "cells":  # its name until 0.2
         cfg.task.reward = "released"
+    if "precision" not in cfg.model and "precision" in cfg.trainer:  # where it was until 0.3
+        cfg.model.precision = cfg.trainer.precision
     for part in ("task", "model"):
         option = config.shipped(part, cfg[part])
         if option is None:  # one of the user's own
@@ -223,7 +229,7 @@ def read_config(folder: Path) -> DictConfig:
 
 def _new(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     # unread knobs are told by interpolations, which what is written has no more
-    write_status(folder, state="running", unused_knobs=config.unread_knobs(cfg))
+    write_status(folder, state="running", unused_knobs=config.unread_knobs(cfg), arguments=list(overrides))
     write_config(cfg, folder)
     for line in config.notes(cfg, overrides):
         log.warning(line)

@@ -10,7 +10,18 @@ from spg.config import ConfigError
 from spg.runs import fingerprint
 
 # what tells how completions were decoded
-DECODING = ("gen_length", "steps", "block_size", "temperature", "remasking", "stop_at_eos")
+DECODING = (
+    "gen_length",
+    "steps",
+    "block_size",
+    "temperature",
+    "remasking",
+    "stop_at_eos",
+    "cache",
+    "refresh_every",
+)
+# what model.weights may be beside a file or a folder
+WORDS = ("base", "published", "random")
 # the model before training, which no rule chooses
 BASE = "base"
 
@@ -38,12 +49,17 @@ def saved_by(run: Path, select: str) -> list[tuple[str, Path]]:
 def fingerprints(cfg: DictConfig) -> dict[str, list[int]]:
     """Return what tells whether the files that an evaluation's completions come from are the same, by name.
 
-    They are the saved generations, or a run's weights by `saved_by`, and the file of initial weights.
+    They are the saved generations, or a run's weights by `saved_by`, an adapter, and the initial weights
+    where these are a file, or a folder here.
     """
     if cfg.generations is not None:
         return {"generations": fingerprint(Path(cfg.generations))}
     files = dict(saved_by(Path(cfg.run), cfg.select)) if cfg.run is not None else {}
-    weights = Path(str(cfg.model.weights))
-    if weights.is_file():
-        files["weights"] = weights
+    if cfg.model.weights not in WORDS and Path(cfg.model.weights).exists():
+        files["weights"] = Path(cfg.model.weights)
+    if cfg.get("adapter") is not None:
+        files["adapter"] = Path(cfg.adapter)
+    base = cfg.model.get("path")
+    if cfg.model.weights == "published" and base is not None and Path(base).is_dir():
+        files["model.path"] = Path(base)
     return {name: fingerprint(path) for name, path in files.items()}

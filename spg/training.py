@@ -7,14 +7,17 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
+from torch import Tensor
 
 from spg.callbacks import (
     MOMENTS,
@@ -36,11 +39,17 @@ from spg.plots import curve
 from spg.pretraining import base_weights, build_policy, check_device, check_reads
 from spg.ranks import Ranks, end_with_parent, rank
 from spg.runs import git_commit, identity, versions, write_config
+from spg.sharding import Sharded
 from spg.status import read_status, write_json, write_status
 from spg.tasks.base import Task
-from spg.weights import read_checkpoint, save_weights
+from spg.weights import read_checkpoint, save_tensors, save_weights
 
 log = logging.getLogger(__name__)
+
+# how long a process waits for the slowest one: its rollouts, programs that judge them, its share of an
+# evaluation. Lightning's half hour is too short for billions of parameters, and of a process that has died
+# `Ranks` tells within seconds.
+PATIENCE = timedelta(hours=4)
 
 
 class Turns:
@@ -82,6 +91,7 @@ def build_module(cfg: DictConfig, task: Task | None = None) -> Training:
         max_updates=cfg.trainer.max_updates,
         seed=cfg.seed,
         micro_batch_size=cfg.trainer.micro_batch_size,
+        cut_completions=cfg.trainer.cut_completions,
         eval_batch_size=cfg.trainer.eval_batch_size,
         identity=identity(cfg),
     )
@@ -167,6 +177,13 @@ def told(error: RunError | Interrupted, cfg: DictConfig, folder: Path) -> RunErr
     return RunError(f"{error}\nGo on with: {again}")
 
 
+def strategy(name: str) -> str | Strategy:
+    """Return Lightning's strategy of that name (trainer.strategy), with PATIENCE where processes wait."""
+    if name == "fsdp":
+        return Sharded(PATIENCE)
+    return DDPStrategy(timeout=PATIENCE) if name == "ddp" else name
+
+
 def _fit(
     cfg: DictConfig,
     task: Task,
@@ -218,9 +235,9 @@ def _fit(
     with interruption.listening():
         trainer = pl.Trainer(
             accelerator=cfg.trainer.accelerator,
-            strategy=cfg.trainer.strategy,
+            strategy=strategy(cfg.trainer.strategy),
             devices=cfg.trainer.devices,
-            precision=cfg.trainer.precision,
+            precision="32-true",  # the policy computes in its own
             max_epochs=1,
             logger=loggers,
             callbacks=callbacks,
@@ -232,8 +249,9 @@ def _fit(
         trainer.fit(module, Turns(module), ckpt_path=begin, weights_only=True)
         if module.updates < module.max_updates:
             raise Interrupted(f"stopped after update {module.updates}, which is saved")
+        sliced = None if module.sharded is None else module.saved()  # all processes take part
         if first:
-            _finish(cfg, folder, module, tested, validation, unused)
+            _finish(cfg, folder, module, sliced, tested, validation, unused)
     return interruption.asked
 
 
@@ -287,14 +305,21 @@ def _finish(
     cfg: DictConfig,
     folder: Path,
     module: Training,
+    sliced: Mapping[str, Tensor] | None,
     tested: BeforeAndAfter,
     validation: Validation,
     unused: list[str],
 ) -> None:
-    """Write weights, summary and curve of a run that has done all its updates, and show the table."""
+    """Write weights, summary and curve of a run that has done all its updates, and show the table.
+
+    sliced: the weights by their names in the module, where each process has slices of them only.
+    """
     assert validation.best is not None
     if module.policy.has_adapter:
         module.policy.save_adapter(folder / "adapter")
+    elif sliced is not None:
+        tensors = {name.removeprefix("policy.network."): tensor for name, tensor in sliced.items()}
+        save_tensors(tensors, folder / "weights.safetensors", {"update": str(module.updates)})
     else:
         save_weights(module.policy.network, folder / "weights.safetensors", {"update": str(module.updates)})
     summary = {

@@ -8,7 +8,7 @@ position of every completion.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
@@ -59,6 +59,7 @@ class Rollout(_Rows):
     group: Tensor  # [B] number of the prompt that the sequence belongs to, over all processes
     index: Tensor  # [B] number of the sequence, over all processes; its random draws derive from it
     commit_step: Tensor  # [B T] decoding step that fixed the token, -1 where none did
+    commit_logps: Tensor  # [B T] log-probability, at temperature 1, of the token in that step; 0 where none
     near_ties: Tensor  # [B] greedy decisions that rounding could turn; 0 where they were not counted
     texts: tuple[str, ...]  # the completions, up to their EOS
     examples: tuple[Mapping[str, Any], ...]  # the task's items, one a sequence
@@ -77,6 +78,11 @@ class Rollout(_Rows):
     def lengths(self) -> Tensor:
         """Number of holes up to and including the first EOS [B]."""
         return self.holes.sum(-1)
+
+    def until(self, length: int) -> Self:
+        """Return the rollout with completions cut to their first `length` positions."""
+        names = ("completion_ids", "completion_mask", "given", "commit_step", "commit_logps")
+        return replace(self, **{name: getattr(self, name)[:, :length] for name in names})
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,17 @@ class MaskedSamples(_Rows):
     def lengths(self) -> Tensor:
         """Number of positions in the region [B]."""
         return self.region.sum(-1)
+
+    def until(self, length: int) -> Self:
+        """Return the samples with completions cut to their first `length` positions."""
+        beyond = self.region.shape[-1] - length
+        return replace(
+            self,
+            tokens=self.tokens[..., : self.tokens.shape[-1] - beyond],
+            scored=self.scored[..., :length],
+            weight=self.weight[..., :length],
+            region=self.region[..., :length],
+        )
 
 
 @dataclass(frozen=True)

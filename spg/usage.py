@@ -10,10 +10,11 @@ import re
 from pathlib import Path
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.text import Text
 
-from spg.config import CONF_DIR, groups
+from spg.config import CONF_DIR, defaults, groups, is_known
 
 _KEY = re.compile(r"^(?P<indent> *)(?P<key>[\w]+):(?: (?P<value>.*?))?(?: # (?P<doc>.*))?$")
 
@@ -43,16 +44,15 @@ def show(primary: str) -> None:
     console = Console(highlight=False, soft_wrap=True)
     path = CONF_DIR / f"{primary}.yaml"
     command = "train" if primary == "config" else primary
-    chosen = {
-        key.removeprefix("optional "): option
-        for entry in yaml.safe_load(path.read_text())["defaults"]
-        if isinstance(entry, dict)
-        for key, option in entry.items()
-    }
+    chosen, cfg = _chosen(path), defaults(primary)
+    for group, option in list(chosen.items()):  # options have options of their own
+        file = CONF_DIR / group.partition("@")[0] / f"{option}.yaml"
+        if file.is_file():
+            chosen |= {f"{group}/{key}": value for key, value in _chosen(file).items()}
     console.print(describe(path))
     console.print(Text(f"\nUsage: python -m spg.{command} [group=option ...] [key=value ...]\n"))
     console.print("Keys", style="bold")
-    _rows(console, documented_keys(path))
+    _rows(console, cfg, documented_keys(path))
     for group in groups():
         selected = {key: option for key, option in chosen.items() if key.partition("@")[0] == group}
         if not selected:
@@ -60,15 +60,27 @@ def show(primary: str) -> None:
         title = ", ".join(f"{key}={option or 'null'}" for key, option in selected.items())
         console.print(f"\n{title}", style="bold")
         for file in sorted((CONF_DIR / group).glob("*.yaml")):
-            console.print(Text(f"  {file.stem:<22}{describe(file)}"))
+            console.print(Text(f"  {file.stem:<28}{describe(file)}"))
         option = next(iter(selected.values()))
         if option is not None and "${" not in option:
             file = CONF_DIR / group / f"{option}.yaml"
             prefix = "" if "@package _global_" in file.read_text() else f"{group}."
-            _rows(console, [(prefix + key, value, doc) for key, value, doc in documented_keys(file)])
+            _rows(console, cfg, [(prefix + key, value, doc) for key, value, doc in documented_keys(file)])
     console.print("\nOptions of Hydra (--multirun, --cfg job, ...): --hydra-help")
 
 
-def _rows(console: Console, rows: list[tuple[str, str, str]]) -> None:
-    for key, value, doc in rows:
+def _chosen(path: Path) -> dict[str, str | None]:
+    """Return the options that a file's defaults list chooses, by their groups."""
+    return {
+        key.removeprefix("optional "): option
+        for entry in yaml.safe_load(path.read_text()).get("defaults", [])
+        if isinstance(entry, dict)
+        for key, option in entry.items()
+    }
+
+
+def _rows(console: Console, cfg: DictConfig, rows: list[tuple[str, str, str]]) -> None:
+    for key, written, doc in rows:
+        # what follows other settings is told as it comes out
+        value = OmegaConf.select(cfg, key) if "${" in written and is_known(cfg, key) else written
         console.print(Text(f"    {f'{key}={value}':<52} {doc}"))

@@ -1,48 +1,230 @@
-"""Weights in safetensors files, written whole or not at all."""
+"""Weights in safetensors files, written whole or not at all, and read tensor by tensor."""
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spg.models.network import Network
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+NAMED = 3  # tensors that a message names; the others are counted
 
 
 def save_weights(network: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
     """Write a network's tensors and a text metadata to `path`, under a temporary name first."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:  # what is one tensor under several names has the first of them
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach().cpu().contiguous()
+    save_tensors(tensors, path, metadata)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Write tensors [...] that share no memory, and metadata, to `path`, under a temporary name first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    save_file(tensors, staged, metadata=dict(metadata))
+    save_file(dict(tensors), staged, metadata=dict(metadata))
     os.replace(staged, path)
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:
     """Fill a network from `path`; raises ValueError where the file is missing, broken or another's."""
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is no file; give safetensors weights, or model.weights=base")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file ({error}); give another, or make it anew") from error
-    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
-    if wrong:
-        name = wrong[0]
+    if path.is_dir():
+        raise ValueError(f"{path} is no file but a folder; give its safetensors file")
+    found = stored(path)
+    groups = _fit(network, found, path)
+    own = network.state_dict()
+    with torch.no_grad(), safe_open(path, framework="pt") as file:
+        for names in groups:
+            own[names[0]].copy_(file.get_tensor(_given(names, found)))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a folder: the file that holds it, and its shape."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+def stored(place: Path) -> dict[str, Stored]:
+    """Return the tensors of a file or a published folder by name, reading none; at most one file is open.
+
+    Raises ValueError where there are none, where the index names a file or a tensor that is not there, or
+    leaves one out, and where a file is broken.
+    """
+    listed: dict[str, list[str]] | None = None
+    if not place.is_dir():
+        if not place.is_file():
+            raise ValueError(f"{place} is no file; give safetensors weights, or model.weights=base")
+        files = [place]
+    elif (place / INDEX).is_file():
+        listed = _listed(place / INDEX)
+        files = [place / name for name in listed]
+    elif (place / SINGLE).is_file():
+        files = [place / SINGLE]
+    else:
         raise ValueError(
-            f"{path} does not fit this model: {len(wrong)} tensors differ, first {name}: "
-            f"{found.get(name, 'missing')} in the file, {own.get(name, 'none')} in the model"
+            f"{place} has neither {SINGLE} nor {INDEX}; give a folder with safetensors weights: model.path"
         )
-    network.load_state_dict(tensors)
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"{place}: {INDEX} names {_few(missing, len(files))} files that are not there; get the folder's "
+            "files again, whole"
+        )
+    found: dict[str, Stored] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                # `keys` are those of a file here, no dictionary's
+                own = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} is no safetensors file, or not a whole one ({error}); get it, or make it, again"
+            ) from error
+        if listed is not None and (wrong := sorted(set(listed[path.name]) ^ own.keys())):
+            kind = "is not in it" if wrong[0] not in own else "is in it unnamed"
+            raise ValueError(
+                f"{path} is not the file that {INDEX} is of: {len(wrong)} tensors differ, first {wrong[0]}, "
+                f"which {kind}; get the folder's files again, all of one revision"
+            )
+        found |= {name: Stored(path, shape) for name, shape in own.items()}
+    return found
+
+
+def _listed(index: Path) -> dict[str, list[str]]:
+    """Return the names of the tensors in each file that an index names."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(places, dict) or not places:
+            raise TypeError("weight_map is no list of tensors and files")
+        files: dict[str, list[str]] = {}
+        for name, file in places.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise TypeError(f"{name} is in {file!r}, which is no file of the folder")
+            files.setdefault(file, []).append(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} can't be read ({error!r}); get it again") from error
+    return files
+
+
+def load_published(
+    network: Network,
+    place: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    convert: Callable[[str, Tensor], nn.Parameter | None] | None = None,
+) -> int:
+    """Fill a network that was built on the meta device from a folder or a file; return the number of files.
+
+    Tensor by tensor: what a file holds goes to `device` in `dtype` and becomes the parameter, so that the
+    host needs the room of a file beyond the weights. Parameters that are one under several names stay one,
+    and one of the names is enough. convert: makes the parameter of a name's tensor [...] itself, or returns
+    None. Raises ValueError, before a tensor is read, for those that are missing, of another shape or too
+    many.
+    """
+    found = stored(place)
+    by_file: dict[Path, list[tuple[str, ...]]] = {}
+    for names in _fit(network, found, place):
+        by_file.setdefault(found[_given(names, found)].file, []).append(names)
+    for path, groups in by_file.items():
+        with safe_open(path, framework="pt") as file:
+            for names in groups:
+                given = _given(names, found)
+                _put(network, given, names, file.get_tensor(given), dtype, device, convert)
+    settle = getattr(network, "settle_buffers", None)
+    if settle is not None:
+        settle(device)
+    return len(by_file)
+
+
+def _given(names: Sequence[str], found: Mapping[str, Stored]) -> str:
+    """Return the first of a tensor's names that is found."""
+    return next(name for name in names if name in found)
+
+
+def _fit(network: nn.Module, found: Mapping[str, Stored], place: Path) -> list[tuple[str, ...]]:
+    """Return the names of each of the network's tensors; raises ValueError where others are found."""
+    tensors: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
+    tensors |= {
+        name: tensor for name, tensor in network.state_dict(keep_vars=True).items() if name not in tensors
+    }
+    groups: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(id(tensor), []).append(name)
+    missing = [names[0] for names in groups.values() if not found.keys() & set(names)]
+    ignored = re.compile(getattr(network, "ignored_tensors", r"(?!)"))
+    extra = [name for name in found if name not in tensors and ignored.fullmatch(name) is None]
+    shaped = [
+        f"{name} is {found[name].shape} in {found[name].file.name} and {tuple(tensor.shape)} in the model"
+        for name, tensor in tensors.items()
+        if name in found and found[name].shape != tuple(tensor.shape)
+    ]
+    complaints = []
+    if missing:
+        shapes = [f"{name} {tuple(tensors[name].shape)}" for name in sorted(missing)]
+        complaints.append(f"{_few(shapes, len(groups))} of the model's tensors are missing")
+    if shaped:
+        complaints.append(f"{_few(shaped, len(groups))} tensors are of another shape")
+    if extra:
+        there = [f"{name} {found[name].shape} in {found[name].file.name}" for name in sorted(extra)]
+        complaints.append(f"{_few(there, len(found))} tensors of its own are not the model's")
+    if complaints:
+        raise ValueError(
+            f"{place} does not fit this model: {'; '.join(complaints)}; give the model that it is of "
+            "(model=..., or its sizes under model.network.config), or other weights"
+        )
+    return [tuple(names) for names in groups.values()]
+
+
+def _few(names: Sequence[str], total: int) -> str:
+    """Count names and write the first few of them out."""
+    rest = ", ..." if len(names) > NAMED else ""
+    return f"{len(names)} ({', '.join(names[:NAMED])}{rest}) of {total}"
+
+
+def _put(
+    network: nn.Module,
+    given: str,
+    names: Sequence[str],
+    tensor: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    convert: Callable[[str, Tensor], nn.Parameter | None] | None,
+) -> None:
+    """Make a tensor of a file the network's own, under all names that it has there."""
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise ValueError(
+            f"{given} is {str(tensor.dtype).removeprefix('torch.')}: weights that were quantised by others "
+            "can't be read; give a folder of float32, bfloat16 or float16 ones (and model.quantization=nf4)"
+        )
+    own: Tensor | None = None if convert is None else convert(names[0], tensor)
+    if own is None:
+        # a copy: what was read is a view of the file, and would change and vanish with it
+        own = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = network.get_submodule(path)
+        if leaf in module._parameters and not isinstance(own, nn.Parameter):
+            own = nn.Parameter(own)
+        setattr(module, leaf, own)
 
 
 def load_checkpoint(network: nn.Module, path: str | Path) -> None:
@@ -61,12 +243,15 @@ def load_checkpoint(network: nn.Module, path: str | Path) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return a training checkpoint; raises ValueError where the file is missing, broken or another's."""
+    """Return a training checkpoint, read page by page as it is used: all processes of a run read the same.
+
+    Raises ValueError where the file is missing, broken or another's.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is no file; give a checkpoint that spg.train wrote")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ValueError(f"{path} can't be read as a checkpoint ({reason})") from error

@@ -68,6 +68,7 @@ def rollout_of(
         group=torch.zeros(b, dtype=torch.long) if group is None else group,
         index=torch.arange(b),
         commit_step=torch.zeros(b, t, dtype=torch.long),
+        commit_logps=torch.zeros(b, t),
         near_ties=torch.zeros(b, dtype=torch.long),
         texts=("",) * b,
         examples=({},) * b,
@@ -128,6 +129,11 @@ def open_prompts(ids: Tensor, length: int, mask: Tensor | None = None) -> Prompt
         index=torch.arange(n),
         examples=({},) * n,
     )
+
+
+def columns(tokens: Tensor, start: int, stop: int) -> Tensor:
+    """Return the positions from `start` to `stop` for each row of tokens [N L]."""
+    return torch.arange(start, stop).expand(len(tokens), -1)
 
 
 QUICK = ("experiment=quick", "trainer.threads=1", "trainer.checkpoint_every=4")

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from spg import config, runs
-from spg.adapters import LoRA
+from spg import completing, config, evaluate, results, runs
+from spg.adapters import LoRA, SavedLoRA
+from spg.config import ConfigError
 from spg.errors import Interrupted
 from spg.estimators import ELBO, Mixture, Sandwich
 from spg.module import Training
 from spg.objectives.spg import SPG, divergence
 from spg.policy import Policy
-from spg.pretraining import build_policy
+from spg.pretraining import build_policy, file_name
+from spg.status import write_status
 from tests import faults
 from tests.helpers import comparable, run, same_run, small_policy, train_here
 from tests.test_invariance import batch, training
@@ -117,6 +121,117 @@ def test_an_adapter_s_run_is_evaluated(finished: Path, tmp_path: Path) -> None:
     assert results["base"]["accuracy"] == summary["accuracy.before"]
     assert results["adapter"]["accuracy"] == summary["accuracy.last"]
     assert results["checkpoints/best.ckpt"]["accuracy"] == summary["accuracy.after"]
+
+
+def evaluated(folder: Path, *overrides: str) -> dict[str, Any]:
+    """Evaluate in this process and return what results.json holds."""
+    lines = [*overrides, "task.eval_size=6", "threads=1"]
+    evaluate.start(evaluate.settings(config.compose("evaluate", lines), lines), folder)
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_an_adapter_s_folder_is_evaluated_by_its_own_numbers(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = evaluated(tmp_path / "run", f"run={finished}", "split=heldout")["results"]
+    with caplog.at_level("WARNING"):
+        given = (f"adapter={finished / 'adapter'}", "model.lora=paper")
+        record = evaluated(tmp_path / "alone", *given)
+    assert "model.lora is not read" in caplog.text
+    assert "was trained on" not in caplog.text
+    assert list(record["results"]) == ["adapter"], "its base is evaluated where no adapter is given"
+    assert record["results"]["adapter"] == own["adapter"]
+    assert record["results"]["adapter"]["accuracy"] != own["base"]["accuracy"]
+    assert record["settings"]["adapter"] == str(finished / "adapter")
+    assert (record["settings"]["lora"], record["selection"]) == (True, None)
+    assert any(f"weights base, adapter {finished / 'adapter'}" in line for line in results.beside(record))
+    assert config.saved(tmp_path / "alone" / "config.yaml").model.lora.folder == str(finished / "adapter")
+    base = evaluated(tmp_path / "base", "model.lora=paper")
+    assert base["results"]["base"] == own["base"]
+    assert base["settings"]["lora"] is False, "what is not trained is not put in"
+
+
+def test_an_evaluation_of_an_adapter_goes_on_with_the_same_one(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(finished / "adapter", folder)
+    record = evaluated(tmp_path / "e", f"adapter={folder}")
+    written = (tmp_path / "e" / "generations.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "e" / "generations.jsonl").write_text("".join(written[:5]))
+    write_status(tmp_path / "e", state="interrupted")
+    evaluate.resume(str(tmp_path / "e"), [])
+    assert json.loads((tmp_path / "e" / "results.json").read_text()) == record
+    write_status(tmp_path / "e", state="interrupted")
+    (folder / "adapter_model.safetensors").touch()
+    with pytest.raises(ConfigError, match="made with another adapter"):
+        evaluate.resume(str(tmp_path / "e"), [])
+
+
+def test_an_adapter_of_another_s_making(tmp_path: Path) -> None:
+    """With other matrices, ranks and scale than ours can have."""
+    base = build_policy(config.compose("config", []))
+    targets = ["q_proj", "attn_out"]
+    settings = LoraConfig(
+        r=3, lora_alpha=5, target_modules=targets, use_rslora=True, rank_pattern={"q_proj": 2}
+    )
+    theirs = get_peft_model(base.network, settings)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p.normal_(std=0.3, generator=g)
+    theirs.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=False)
+    ours = build_policy(config.compose("config", []))
+    ours.adapt(SavedLoRA(str(tmp_path / "theirs")))
+    ids = torch.randint(5, 28, (3, 25), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs.eval().base_model.model.hidden(ids)
+        assert torch.allclose(ours.eval().network.hidden(ids), expected, atol=1e-6)
+    assert list(evaluated(tmp_path / "e", f"adapter={tmp_path / 'theirs'}")["results"]) == ["theirs"]
+
+
+def test_a_folder_that_can_t_be_evaluated_is_refused_before_weights_are_read(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completing, "build_policy", None)
+    given = f"adapter={finished / 'adapter'}"
+    for lines, words in (
+        ([f"adapter={tmp_path}"], "is no PEFT folder: it has no adapter_config.json; give the one that the"),
+        ([f"adapter={finished}"], f"no adapter_config.json; give adapter={finished / 'adapter'}"),
+        ([given, f"run={finished}"], "can't be given together"),
+        ([given, "generations=x.jsonl"], "adapter=.* can't be given with generations"),
+        (
+            [given, "model.network.config.d_model=32"],
+            r"lora_A\.weight is \(16, 64\) in it and \(16, 32\) here \(21 tensors differ\)",
+        ),
+        ([given, "model.network.config.n_layers=4"], r"blocks\.3\..* is missing in it"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            evaluated(tmp_path / "e", *lines)
+    copy = tmp_path / "copy"
+    shutil.copytree(finished / "adapter", copy)
+    for name, text, words in (
+        ("adapter_model.safetensors", "no tensors", "is no safetensors file"),
+        ("adapter_model.safetensors", None, r"has no adapter_model\.safetensors"),
+        ("adapter_config.json", '{"peft_type": "LOHA"}', "of kind LOHA can't be evaluated; only LORA"),
+        ("adapter_config.json", "no JSON", "can't be read"),
+    ):
+        (copy / name).unlink()
+        if text is not None:
+            (copy / name).write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            evaluated(tmp_path / "e", f"adapter={copy}")
+        (copy / name).write_text("")
+    assert not (tmp_path / "e" / "generations.jsonl").exists()
+
+
+def test_another_base_than_an_adapter_s_own_is_told(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = json.loads((finished / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert name == file_name(runs.read_config(finished))
+    with caplog.at_level("WARNING"):
+        evaluated(tmp_path / "e", f"adapter={finished / 'adapter'}", "model.weights=random")
+    assert f"was trained on {name}, and is evaluated on random weights" in caplog.text
 
 
 def test_with_dropout_a_resumed_run_is_the_same(finished: Path, tmp_path: Path) -> None:
@@ -242,9 +357,9 @@ def test_rollouts_and_evaluation_have_no_dropout(tmp_path: Path, monkeypatch: py
     modes = []
     original = Policy.propose
 
-    def propose(policy: Policy, *rest):
+    def propose(policy: Policy, *rest, **more):
         modes.append(policy.training)
-        return original(policy, *rest)
+        return original(policy, *rest, **more)
 
     monkeypatch.setattr(Policy, "propose", propose)
     train_here(tmp_path / "run", "model.lora=default", "trainer.max_updates=5", "task.eval_size=4")

@@ -531,6 +531,13 @@ def test_a_folder_may_hold_packed_files(tmp_path: Path) -> None:
         MBPP(path=str(tmp_path)).examples("heldout")
 
 
+def test_some_of_the_held_out_problems(tmp_path: Path) -> None:
+    path = write(tmp_path / "test.jsonl", PROBLEMS * 2)
+    task = MBPP(path=path, eval_size=1)
+    assert [len(task.examples(split)) for split in ("validation", "test", "heldout")] == [1, 1, 2]
+    assert task.examples("heldout") == MBPP(path=path).examples("heldout")[:2]
+
+
 def test_the_list_of_blocked_modules_is_not_the_defence() -> None:
     assert "os" in code.BLOCKED
     assert not is_blocked('eval("__im" + "port__(\'os\')")'), "which is why there is a cage"

@@ -9,9 +9,11 @@ import sys
 import time
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from spg import config
+from spg.errors import InputError
 from spg.limits import LIMITS
 from tests.helpers import ROOT
 
@@ -24,11 +26,15 @@ EVERY += [f"estimator@positive={option}" for option in OPTIONS["estimator"]]
 
 @pytest.mark.parametrize("override", EVERY)
 def test_every_option_composes_and_builds(override: str) -> None:
-    cfg = config.compose("config", [override])
+    task = [f"task={override.rpartition('_')[2]}"] if override.startswith("tuned/task=") else []
+    cfg = config.compose("config", [override, *task])
     for node in (cfg.task, cfg.masking, cfg.advantage, cfg.decoding, cfg.algorithm.objective):
         assert config.build(node) is not None
-    assert config.build(cfg.model.network).config.d_model == cfg.model.network.config.d_model
-    assert len(config.build(cfg.model.tokenizer)) == cfg.model.network.config.vocab_size
+    with torch.device("meta"):
+        network = config.build(cfg.model.network, seed=None)
+    assert network.config.d_model == cfg.model.network.config.get("d_model", network.config.d_model)
+    if cfg.model.path is None:  # else it has to be fetched
+        assert len(config.build(cfg.model.tokenizer)) == cfg.model.network.config.vocab_size
 
 
 @pytest.mark.parametrize("primary", ["evaluate", "pretrain"])
@@ -64,16 +70,26 @@ def test_every_number_and_choice_has_a_limit() -> None:
     """A number without a limit would be checked nowhere."""
     free = {"weights", "project", "entity", "path", "output", "run", "wandb", "experiment", "resume"}
     free |= {"sweep", "measure", "page", "file", "lora", "generations", "prompt_file", "train_path"}
-    given = {"config": ["logger=wandb", "model.lora=default"], "reproduce": ["file=x"]}
-    for primary in ("config", "evaluate", "pretrain", "figures", "reproduce"):
+    free |= {"adapter", "checkpoint", "revision", "mask_token", "eos_token", "pad_token"}
+    given = {"config": ["logger=wandb", "model.lora=default"], "reproduce": ["file=x"], "export": ["run=x"]}
+    for primary in ("config", "evaluate", "export", "pretrain", "figures", "reproduce"):
         cfg = config.compose(primary, given.get(primary, []))
         for key in config.keys(cfg):
             name = key.rpartition(".")[2]
-            if key.startswith("formats.") or name in free:
+            if key.startswith("styles.") or name in free:
                 continue
             value = OmegaConf.select(cfg, key)
             if not OmegaConf.is_config(value) or OmegaConf.is_list(value):
                 assert name in LIMITS, key
+
+
+def test_null_is_all_held_out_rows_where_they_are_read_and_refused_where_they_are_made() -> None:
+    for name in ("gsm8k", "math500", "humaneval", "mbpp"):
+        assert config.build(config.compose("config", [f"task={name}"]).task).eval_size is None
+    for name in ("sudoku", "countdown"):
+        cfg = config.compose("config", [f"task={name}", "task.eval_size=null"])
+        with pytest.raises(InputError, match=r"task\.eval_size=null: .* give how many, as"):
+            config.build(cfg.task)
 
 
 MISTAKES = [
@@ -84,6 +100,7 @@ MISTAKES = [
     ("estimator@positive=elb", ["nearest: estimator@positive=elbo"]),
     ("task.fromat=template", ["'task.fromat'", "allowed here: task.format", "nearest: task.format"]),
     ("max_updates=3", ["nearest: trainer.max_updates"]),
+    ("steps=3", ["nearest: decoding.steps or pretrain.steps"]),
     ("lr=1", ["pretrain.lr or optimizer.lr"]),
     ("learning_rate=3", ["there is no key 'learning_rate'"]),
     ("optimiser.lr=3", ["nearest: optimizer.lr"]),
@@ -100,6 +117,7 @@ MISTAKES = [
     ("+task.shorts=3", ["nearest: task.shots"]),
     ("beta", ["can't be read"]),
     ("~seed", ["'seed'", "can't be removed"]),
+    ("experiment=spg_mixture_sudoku task=gsm8k", ["task=gsm8k has no setting format", "for another task"]),
 ]
 
 
@@ -196,7 +214,13 @@ def test_shipped_weights_fit_the_default_combination() -> None:
         names.append(path.name)
     assert sorted(p.name for p in ASSETS.glob("*.safetensors")) == sorted(names)
     path = ASSETS / names[0]
-    for line in ("task.format=completion", "pretrain.steps=31", "model.network.config.n_layers=2"):
+    for line in (
+        "task.format=completion",
+        "model.prompt_style=instruct",
+        "pretrain.steps=31",
+        "model.network.config.n_layers=2",
+    ):
         assert not (ASSETS / file_name(config.compose("config", [line]))).exists()
-    for line in ("task.reward=rules", "seed=4", "task.eval_size=8", "optimizer.lr=1e-4"):
-        assert file_name(config.compose("config", [line])) == path.name
+    same = ("task.reward=rules", "seed=4", "task.eval_size=8", "optimizer.lr=1e-4")
+    for line in (*same, "model.prompt_style=instruct task.prompt_style=bare"):
+        assert file_name(config.compose("config", line.split())) == path.name

@@ -19,7 +19,7 @@ from spg.policy import Measure, Policy
 from spg.pretraining import build_policy
 from spg.seeding import Streams
 from spg.types import Prompts, Rollout
-from tests.helpers import golden_policy, open_prompts, small_policy
+from tests.helpers import columns, golden_policy, open_prompts, small_policy
 
 
 def ragged() -> Prompts:
@@ -68,7 +68,9 @@ def test_samples_follow_the_tempered_softmax(temperature: float) -> None:
     n = 20000
     tokens = torch.tensor([[5, 6, policy.mask_id]])
     noise = torch.rand(n, 1, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    ids, confidence = policy.propose(tokens.expand(n, 3), None, slice(2, 3), temperature, noise)
+    ids, confidence = policy.propose(
+        tokens.expand(n, 3), None, columns(tokens, 2, 3).expand(n, 1), temperature, noise
+    )
     with torch.no_grad():
         logits = policy.network.logits(policy.network.hidden(tokens)[0, 2])
     allowed = logits.clone()
@@ -140,7 +142,7 @@ def test_the_most_confident_are_committed_first(remasking: str, measure: Measure
     tokens = torch.cat([prompts.ids, torch.full((4, 12), policy.mask_id)], -1)
     mask = torch.cat([prompts.mask, torch.ones(4, 12, dtype=torch.bool)], -1)
     for step in range(12):
-        ids, confidence = policy.propose(tokens, mask, slice(7, 19), 0.0, None, [measure])
+        ids, confidence = policy.propose(tokens, mask, columns(tokens, 7, 19), 0.0, None, [measure])
         decided = tokens[:, 7:] != policy.mask_id
         taken = confidence.masked_fill(decided, -torch.inf).argmax(-1, keepdim=True)
         assert torch.equal((rollout.commit_step == step).long().argmax(-1, keepdim=True), taken)
@@ -212,12 +214,14 @@ class Ending(Policy):
         self.ends = torch.tensor(ends)
         self.calls = 0
 
-    def propose(self, tokens: Tensor, mask: Tensor | None, window: slice, *rest: Any) -> tuple[Tensor, ...]:
+    def propose(
+        self, tokens: Tensor, mask: Tensor | None, columns: Tensor, *rest: Any, **more: Any
+    ) -> tuple[Tensor, ...]:
         self.calls += 1
-        position = torch.arange(window.start, window.stop) - 2
+        position = columns - 2
         rows = tokens[:, 0] - 5
         ids = torch.where(position == self.ends[rows].unsqueeze(-1), self.eos_id, 7)
-        return ids, Streams(0, rows).uniform(ids.shape[1])
+        return ids, Streams(0, rows).uniform(16).gather(1, position)
 
 
 def numbered(n: int) -> Tensor:
@@ -299,13 +303,18 @@ class Table(nn.Module):
         super().__init__()
         self.table = logits
 
-    def hidden(self, tokens: Tensor, mask: Tensor | None, at: Places) -> Tensor:
+    def hidden(self, tokens: Tensor, mask: Tensor | None, at: Places, cache: None) -> Tensor:
         """Return the logits at `at`; a row tells its number by its only prompt token."""
         return at.take(self.table[(tokens[:, :1] - 5), at.columns - 1])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return what `hidden` found."""
         return hidden
+
+    @property
+    def head_width(self) -> int:
+        """Number of tokens."""
+        return self.table.shape[-1]
 
 
 def table_policy(rows: list[list[list[float]]]) -> Policy:
@@ -334,7 +343,7 @@ def measured(probabilities: list[list[float]], temperature: float = 0.0) -> list
     n = len(probabilities)
     tokens = torch.tensor([[5] + [policy.mask_id] * n])
     noise = torch.full((1, n), 0.999, dtype=torch.double)
-    ids, *values = policy.propose(tokens, None, slice(1, 1 + n), temperature, noise, ALL)
+    ids, *values = policy.propose(tokens, None, columns(tokens, 1, 1 + n), temperature, noise, ALL)
     assert [v.shape for v in values] == [ids.shape] * 4
     return torch.stack(values, -1)[0].tolist()
 
@@ -358,7 +367,7 @@ def test_measures_where_the_mask_is_likeliest() -> None:
     """It takes its share of the probability, as in the reference, but is no alternative."""
     policy = table_policy([[[]]])
     policy.network.table[0, 0, [policy.mask_id, 7, 8, 9]] = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    values = policy.propose(torch.tensor([[5, policy.mask_id]]), None, slice(1, 2), 0.0, None, ALL)
+    values = policy.propose(torch.tensor([[5, policy.mask_id]]), None, torch.tensor([[1]]), 0.0, None, ALL)
     entropy = -sum(p * math.log(p) for p in (0.5, 0.3, 0.15, 0.05))
     assert [float(v) for v in values] == pytest.approx([7, 0.3, 0.15, -entropy, math.log(2)])
 
@@ -367,9 +376,9 @@ def test_measures_go_to_their_rows() -> None:
     policy = table_policy([[[0.6, 0.4]], [[0.2, 0.5, 0.3]], [[0.1, 0.1, 0.8]]])
     numbers = torch.tensor([2, 0, 1, 0, 2])
     tokens = torch.stack([5 + numbers, torch.full_like(numbers, policy.mask_id)], -1)
-    rows = [policy.propose(row.unsqueeze(0), None, slice(1, 2), 0.0, None, ALL) for row in tokens]
+    rows = [policy.propose(row.unsqueeze(0), None, torch.tensor([[1]]), 0.0, None, ALL) for row in tokens]
     for together, *alone in zip(
-        policy.propose(tokens, None, slice(1, 2), 0.0, None, ALL), *rows, strict=True
+        policy.propose(tokens, None, columns(tokens, 1, 2), 0.0, None, ALL), *rows, strict=True
     ):
         assert torch.equal(together, torch.cat(alone))
 
@@ -449,10 +458,10 @@ def test_what_is_not_asked_is_not_measured(settings: dict[str, Any], monkeypatch
     policy = table_policy([[[0.5, 0.5]] * 4])
     asked = []
     original = policy.propose
-    monkeypatch.setattr(policy, "propose", lambda *a: asked.append(list(a[5])) or original(*a))
+    monkeypatch.setattr(policy, "propose", lambda *a, **k: asked.append(list(a[5])) or original(*a, **k))
     rollout = from_table(policy, 1, 4, 4, **settings)
     assert rollout.near_ties.tolist() == [0]
-    assert asked == [[] if "remasking" in settings else ["probability"]] * 4
+    assert asked == [["probability"]] * 4, "which rollouts keep, whatever the order is by"
 
 
 @pytest.mark.parametrize("remasking", [*CONFIDENCE, "random"])

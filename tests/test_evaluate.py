@@ -289,6 +289,28 @@ def test_a_run_s_settings_hold_unless_they_are_overridden(trained: Path, tmp_pat
     assert (cfg.decoding.block_size, cfg.decoding.steps) == (48, 16)
 
 
+def test_a_model_is_asked_in_its_own_style(trained: Path, tmp_path: Path) -> None:
+    given = ("model=llada_8b", f"model.path={tmp_path}")
+    cfg = settings(*given)
+    assert (cfg.task.prompt_style, cfg.task.format, cfg.task.shots) == ("instruct", "completion", 3)
+    assert (cfg.gen_length, cfg.decoding.block_size, cfg.decoding.steps) == (256, 32, 128)
+    cfg = settings(*given, "task=countdown", "task.operations=+")
+    assert (cfg.task.prompt_style, cfg.task.operations, cfg.task.max_number) == ("instruct", "+", 100)
+    cfg = settings(f"run={trained}")
+    assert (cfg.task.prompt_style, cfg.gen_length) == ("bare", 24)
+
+    # a run's settings hold, and with another task those that its model is asked that one with
+    lines = [*given, "task.shots=1", "gen_length=128"]
+    runs.write_config(config.compose("config", lines), tmp_path)
+    cfg = settings(f"run={tmp_path}")
+    assert (cfg.task.format, cfg.task.shots, cfg.gen_length, cfg.decoding.steps) == ("completion", 1, 128, 64)
+    cfg = settings(f"run={tmp_path}", "gen_length=512")
+    assert (cfg.task.shots, cfg.decoding.gen_length, cfg.decoding.steps) == (1, 512, 256)
+    cfg = settings(f"run={tmp_path}", "task=countdown")
+    assert (cfg.task.prompt_style, cfg.task.max_number) == ("instruct", 100)
+    assert (cfg.gen_length, cfg.decoding.gen_length, cfg.decoding.steps) == (256, 256, 128)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -452,13 +474,16 @@ def older(trained: Path, folder: Path, change: Callable[[Any], None]) -> Path:
 def test_a_run_of_an_older_version_is_read_as_it_would_be_now(trained: Path, tmp_path: Path) -> None:
     def as_before(cfg: Any) -> None:
         cfg.task.reward = "cells"
-        for part, key in ((cfg.model, "lora"), (cfg.task, "parser"), (cfg.task, "prompt_file")):
-            del part[key]
+        for key in ("lora", "prompt_style"):
+            del cfg.model[key]
+        for key in ("parser", "prompt_file", "prompt_style", "shots"):
+            del cfg.task[key]
 
     cfg = settings(f"run={older(trained, tmp_path / 'old', as_before)}")
     assert (cfg.task.reward, cfg.task.parser, cfg.task.prompt_file) == ("released", "exact", None)
     assert (cfg.model.lora, cfg.task.eval_size) == (None, 8)
-    base = completing._before_training(cfg)
+    assert (cfg.model.prompt_style, cfg.task.prompt_style, cfg.task.shots) == ("bare", "bare", 0)
+    base = completing._to_build(cfg)
     assert pretraining.file_name(base) == pretraining.file_name(runs.read_config(trained))
 
 

@@ -197,6 +197,37 @@ def test_splits_of_a_folder_or_files(tmp_path: Path) -> None:
         task.examples("dev")
 
 
+@pytest.mark.parametrize(("count", "heldout"), [(40, 10), (3000, 512)])
+def test_a_file_of_training_rows_serves_both(count: int, heldout: int, tmp_path: Path) -> None:
+    """What is held out does not depend on how many of these rows are asked for."""
+    write(tmp_path, "train", count)
+    write(tmp_path, "test", 2)  # beside it, and not asked for
+    for size, used in ((None, heldout), (3, 6), (10_000, heldout)):
+        task = GSM8K(path=str(tmp_path / "train.jsonl"), eval_size=size)
+        asked = {split: [e["question"] for e in task.examples(split)] for split in ("train", "heldout")}
+        assert asked["train"] == [f"train {n}?" for n in range(count - heldout)]
+        assert asked["heldout"] == [f"train {n}?" for n in range(count - heldout, count)][:used]
+        assert [len(task.examples(split)) for split in ("validation", "test")] == [used // 2] * 2
+
+
+def test_a_file_by_another_name_or_beside_training_rows_is_held_out_whole(tmp_path: Path) -> None:
+    write(tmp_path, "train", 8)
+    other = (tmp_path / "train.jsonl").rename(tmp_path / "rows.jsonl")
+    assert len(GSM8K(path=str(other)).examples("heldout")) == 8
+    assert len(GSM8K(path=str(other), eval_size=2).examples("heldout")) == 4
+    write(tmp_path, "train", 8)
+    task = GSM8K(path=str(tmp_path / "train.jsonl"), train_path=str(other))
+    assert [len(task.examples(split)) for split in ("train", "heldout")] == [8, 8]
+
+
+def test_a_row_is_named_by_its_place_in_the_file(tmp_path: Path) -> None:
+    write(tmp_path, "train", 8)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"question": "?", "answer": "none"}\n')
+    with pytest.raises(InputError, match="gsm8k, heldout, row 9: the answer"):
+        GSM8K(path=str(tmp_path / "train.jsonl")).examples("heldout")
+
+
 def test_packed_training_rows_are_found_beside_the_held_out_ones(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write(tmp_path, split, 2)

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spg.models.llada import LLaDA, LLaDAConfig, RMSNorm, _Normalize, attend
+from spg.models.attention import attend
+from spg.models.llada import LLaDA, LLaDAConfig, RMSNorm, _Normalize
 from spg.models.network import Places
 from spg.models.tokenizer import CHARACTERS, TAGS, tiny_tokenizer
 from spg.policy import Policy
-from tests.helpers import small_policy
+from tests.helpers import columns, small_policy
 
 
 def test_every_character_and_tag_is_one_token() -> None:
@@ -122,7 +123,7 @@ def test_the_mask_is_never_proposed(temperature: float) -> None:
     noise[1] = 1 - 2**-53
     with torch.no_grad():
         logits = policy.network.logits(policy.network.hidden(tokens)[:, 2:])
-    ids, confidence = policy.propose(tokens, None, slice(2, 6), temperature, noise)
+    ids, confidence = policy.propose(tokens, None, columns(tokens, 2, 6), temperature, noise)
     assert (logits.argmax(-1) == policy.mask_id).any()
     assert not (ids == policy.mask_id).any()
     assert int(ids.max()) < 32
@@ -233,12 +234,13 @@ def test_equal_rows_are_computed_once_and_proposed_each_on_its_own(monkeypatch: 
     mask[4, 0] = False
     noise = torch.rand(5, 1, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     apart = [
-        policy.propose(rows[i : i + 1], mask[i : i + 1], slice(2, 3), 1.0, noise[i : i + 1]) for i in range(5)
+        policy.propose(rows[i : i + 1], mask[i : i + 1], columns(rows[:1], 2, 3), 1.0, noise[i : i + 1])
+        for i in range(5)
     ]
     seen = []
     original = policy.network.hidden
     monkeypatch.setattr(policy.network, "hidden", lambda *a: seen.append(len(a[0])) or original(*a))
-    ids, confidence = policy.propose(rows, mask, slice(2, 3), 1.0, noise)
+    ids, confidence = policy.propose(rows, mask, columns(rows, 2, 3), 1.0, noise)
     assert seen == [3]
     assert torch.equal(ids, torch.cat([i for i, _ in apart]))
     assert torch.allclose(confidence, torch.cat([c for _, c in apart]), atol=1e-6)

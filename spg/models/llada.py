@@ -8,19 +8,42 @@ published checkpoints (`model.transformer.blocks.N.q_proj.weight` and so on).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from spg.limits import check_limits
-from spg.models.network import Cache, Network, Places
+from spg.models.attention import look
+from spg.models.network import Network, Places
 
-SHORT = 64  # positions up to which plain attention is the faster one on CPU
+# what the published configuration files say of this class, beside its sizes
+SHARED = {
+    "activation_type": "silu",
+    "alibi": False,
+    "attention_dropout": 0.0,
+    "attention_layer_norm": False,
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "embedding_dropout": 0.0,
+    "flash_attention": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "max_sequence_length": 4096,
+    "mlp_ratio": 4,
+    "residual_dropout": 0.0,
+    "rope": True,
+    "rope_full_precision": True,
+    "scale_logits": False,
+    "use_cache": False,
+    "weight_tying": False,
+}
 
 
 @dataclass(frozen=True)
@@ -90,28 +113,6 @@ class RMSNorm(nn.Module):
         return normal.to(x.dtype) * self.weight
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to x [N H L d] with tables [... L d], in float32, halves paired."""
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    # `sin` carries the sign of the first half; the joined tensor first, since the result takes its layout
-    return torch.addcmul(torch.cat([second, first], dim=-1) * sin, wide, cos).to(x.dtype)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v [N H Q d] of q [N H Q d] and k, v [N H L d].
-
-    visible [N 1 1 L]: True at keys that may be seen, or None. On CPU the fused kernel is made for long
-    sequences: on short ones plain products take half its time.
-    """
-    if q.device.type != "cpu" or k.shape[-2] > SHORT:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.inf)
-    return torch.matmul(scores.softmax(-1), v)
-
-
 class Block(nn.Module):
     """One transformer layer: attention, then SwiGLU, each normalised before and added after."""
 
@@ -119,7 +120,6 @@ class Block(nn.Module):
         super().__init__()
         width, head = config.d_model, config.d_model // config.n_heads
         self.head_width = head
-        self.repeats = config.n_heads // config.n_kv_heads
         self.attn_norm = RMSNorm(width, config.rms_norm_eps)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, config.n_kv_heads * head, bias=False)
@@ -140,27 +140,17 @@ class Block(nn.Module):
     ) -> Tensor:
         """Map hidden states [N W D]; `visible` [N 1 1 L] is True at the positions that may be seen.
 
-        rotary: tables [W d]. at: the S positions to compute; the result is then [S D]. put: stores keys and
-        values [N H W d] in a cache and returns those of all L positions; without it, W = L.
+        rotary, at, put: see `attention.look`; with `at` the result is [S D].
         """
         h = self.attn_norm(x)
-        k, v = self._heads(self.k_proj(h)), self._heads(self.v_proj(h))
-        k = rotate(k, *rotary)
-        if put is not None:
-            k, v = put(k, v)
-        if self.repeats > 1:
-            k, v = (t.repeat_interleave(self.repeats, dim=1) for t in (k, v))
-        if at is not None:
-            cos, sin = (table[at.columns].unsqueeze(1) for table in rotary)
-            rotary = (cos, sin)
-            x, h = (t.gather(1, at.columns.unsqueeze(-1).expand(-1, -1, t.shape[-1])) for t in (x, h))
-        q = rotate(self._heads(self.q_proj(h)), *rotary)
-        attended = attend(q, k, v, visible).transpose(1, 2).flatten(2)
-        if at is not None:
-            x, attended = at.take(x), at.take(attended)
-        x = x + self.attn_out(attended)
+        key, value = self._heads(self.k_proj(h)), self._heads(self.v_proj(h))
+        x, seen = look(x, h, self._query, key, value, rotary, visible, at, put)
+        x = x + self.attn_out(seen)
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+
+    def _query(self, normal: Tensor) -> Tensor:
+        return self._heads(self.q_proj(normal))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_width).transpose(1, 2)
@@ -203,7 +193,6 @@ class LLaDA(Network):
         super().__init__()
         self.config = config
         self.model = Model(config)
-        self._rotary: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         if seed is not None:
             self.initialise(seed)
 
@@ -231,43 +220,28 @@ class LLaDA(Network):
         """The blocks."""
         return self.model.transformer.blocks
 
-    def hidden(
-        self,
-        ids: Tensor,
-        attention_mask: Tensor | None = None,
-        at: Places | None = None,
-        cache: Cache | None = None,
-        start: int = 0,
-    ) -> Tensor:
-        """Return the final hidden states; see `Network.hidden`.
+    def published_config(self) -> dict[str, Any]:
+        """Return the fields of a published config.json: the sizes, and what this class is."""
+        return {
+            "architectures": ["LLaDAModelLM"],
+            "model_type": "llada",
+            **asdict(self.config),
+            **SHARED,
+        }
 
-        Padding is seen by no position, and rotary positions are relative, so that a padded row equals the
-        row alone.
-        """
-        parts = self.model.transformer
-        x = parts.wte(ids)
-        cos, sin = self._rotary_tables(start + ids.shape[1], ids.device)
-        rotary = (cos[start:], sin[start:])
-        visible = None if attention_mask is None else attention_mask[:, None, None, :]
-        for number, block in enumerate(parts.blocks):
-            put = None if cache is None else partial(cache.put, number, start)
-            # only the last layer's other positions are seen by nobody
-            places = at if number == len(parts.blocks) - 1 else None
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, visible, places, put, use_reentrant=False)
-            else:
-                x = block(x, rotary, visible, places, put)
-        return parts.ln_f(x)
+    @property
+    def embedding(self) -> nn.Module:
+        """The embedding."""
+        return self.model.transformer.wte
 
-    def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        key = (length, device)
-        if key not in self._rotary:
-            half = self.config.d_model // self.config.n_heads // 2
-            exponent = torch.arange(half, device=device, dtype=torch.float) / half
-            angles = torch.outer(
-                torch.arange(length, device=device, dtype=torch.float),
-                self.config.rope_theta**-exponent,
-            )
-            cos, sin = angles.cos(), angles.sin()
-            self._rotary[key] = (torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
-        return self._rotary[key]
+    @property
+    def norm(self) -> nn.Module:
+        """The normalisation after the last block."""
+        return self.model.transformer.ln_f
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """Return the rotary frequencies [d / 2], in radians a position."""
+        half = self.config.d_model // self.config.n_heads // 2
+        exponent = torch.arange(half, device=device, dtype=torch.float) / half
+        frequencies: Tensor = self.config.rope_theta**-exponent
+        return frequencies

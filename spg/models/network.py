@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from functools import partial
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from spg.models.head import token_logps
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,11 @@ class Cache:
         self.keys.clear()
         self.values.clear()
 
+    def select(self, rows: Tensor) -> None:
+        """Go on with the rows at `rows` [M], in that order; one may be named several times."""
+        for kept in (self.keys, self.values):
+            kept[:] = [tensor[rows] for tensor in kept]
+
     def put(self, layer: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put keys and values [N H W d] of the positions from `start` on; return all of the layer's."""
         if layer == len(self.keys):
@@ -79,7 +88,11 @@ class Network(nn.Module):
     lora_targets: ClassVar[Mapping[str, str]]
     checkpointing: bool = False
 
-    @abstractmethod
+    def __init__(self) -> None:
+        super().__init__()
+        # outside of the module's buffers, which a move to bfloat16 would round and the meta device would lose
+        self._rotary: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
     def hidden(
         self,
         ids: Tensor,
@@ -88,13 +101,50 @@ class Network(nn.Module):
         cache: Cache | None = None,
         start: int = 0,
     ) -> Tensor:
-        """Return hidden states [N W D] of ids [N W], the positions from `start` on of L.
+        """Return the final hidden states [N W D] of ids [N W], the positions from `start` on of L.
 
-        attention_mask [N L]: True at real tokens; None: nothing is padded. cache: holds the other
+        attention_mask [N L]: True at real tokens; None: nothing is padded. Padding is seen by no position,
+        and rotary positions are relative, so that a padded row equals the row alone. cache: holds the other
         positions' keys and values and takes these ones'; without it, or where it is not filled, W = L and
-        start = 0. at: the S of the W positions whose states are wanted; the result is then [S D], and a
-        network may skip work for the others.
+        start = 0. at: the S of the W positions whose states are wanted; the result is then [S D], and the
+        last layer, whose other positions are seen by nobody, is computed for these alone.
         """
+        x: Tensor = self.embedding(ids)
+        cos, sin = self._rotary_tables(start + ids.shape[1], ids.device)
+        rotary = (cos[start:], sin[start:])
+        visible = None if attention_mask is None else attention_mask[:, None, None, :]
+        for number, layer in enumerate(self.layers):
+            put = None if cache is None else partial(cache.put, number, start)
+            places = at if number == len(self.layers) - 1 else None
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rotary, visible, places, put, use_reentrant=False)
+            else:
+                x = layer(x, rotary, visible, places, put)
+        final: Tensor = self.norm(x)
+        return final
+
+    def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        key = (length, device)
+        if key not in self._rotary:
+            positions = torch.arange(length, device=device, dtype=torch.float)
+            angles = torch.outer(positions, self.frequencies(device))
+            cos, sin = angles.cos(), angles.sin()
+            self._rotary[key] = (torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
+        return self._rotary[key]
+
+    @abstractmethod
+    def frequencies(self, device: torch.device) -> Tensor:
+        """Return the rotary frequencies [d / 2], in float32, in radians a position."""
+
+    @property
+    @abstractmethod
+    def embedding(self) -> nn.Module:
+        """The module that turns ids [N W] into hidden states [N W D]."""
+
+    @property
+    @abstractmethod
+    def norm(self) -> nn.Module:
+        """The normalisation after the last layer."""
 
     @property
     @abstractmethod
@@ -103,13 +153,33 @@ class Network(nn.Module):
 
     @property
     @abstractmethod
-    def layers(self) -> Iterable[nn.Module]:
-        """The transformer's layers, from the first to the last."""
+    def layers(self) -> nn.ModuleList:
+        """The transformer's layers, from the first to the last.
+
+        Each maps (hidden states [N W D], rotary tables, visible, at, put); see `attention.look`.
+        """
+
+    @abstractmethod
+    def published_config(self) -> dict[str, Any]:
+        """Return the fields of a config.json in the published layout, but those of the tokenizer."""
+
+    @property
+    def head_width(self) -> int:
+        """Number of rows of the head, V; not all of them need to belong to a token."""
+        weight = self.head.weight
+        assert isinstance(weight, Tensor)
+        return len(weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [... V] of hidden states [... D]."""
         logits: Tensor = self.head(hidden)
         return logits
+
+    def logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return log softmax(logits) at the targets [S], in float32, of hidden states [S D]."""
+        weight = self.head.weight
+        assert isinstance(weight, Tensor)
+        return token_logps(hidden, weight, targets)
 
     def compile_layers(self) -> None:
         """Have torch compile each layer at its first use, again for every new shape of its input."""

@@ -1,13 +1,32 @@
-"""The embedded tokenizer of the tiny model: one token a character, tags whole."""
+"""Tokenizers: the tiny model's (one token a character), the toy model's (one a byte), and published ones."""
 
 from __future__ import annotations
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from spg.errors import InputError
+from spg.published import TOKENIZER, folder_of
 
 PAD, EOS, MASK, UNKNOWN = "<|pad|>", "<|endoftext|>", "<|mask|>", "<|unknown|>"
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 CHARACTERS = "0123456789+-*/=()., \n"
+# what a random model would never write byte by byte: the published form of a completion
+FORM = ("<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>\n")
+# LLaDA's special tokens; in its own tokenizer they are 126080, 126081, 126336, 126346, 126347 and 126348
+BEGIN, LLADA_MASK = "<|startoftext|>", "<|mdm_mask|>"
+HEADER, HEADER_END, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+# the form in which LLaDA's instruction-tuned models read chats: an answer is always opened
+LLADA_CHAT = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    f"{HEADER}{{{{ message['role'] }}}}{HEADER_END}\n\n{{{{ message['content'] | trim }}}}{END_OF_TURN}"
+    "{% endfor %}"
+    f"{HEADER}assistant{HEADER_END}\n\n"
+    # Jinja drops one line feed at a template's very end
+    "{{ '' }}"
+)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -31,3 +50,83 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Build a tokenizer of 256 bytes and LLaDA's special tokens, with its form of chats; padding is EOS.
+
+    The tags of the published completions are one token each, with their line feeds, so that a random model
+    writes them now and then and is rewarded for it.
+    Every text can be written and is read back exactly, but for the names of special tokens in it.
+    """
+    words = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [BEGIN, EOS, LLADA_MASK, HEADER, HEADER_END, END_OF_TURN]
+    tokenizer.add_special_tokens([AddedToken(word, normalized=False) for word in special])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in FORM])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BEGIN,
+        eos_token=EOS,
+        pad_token=EOS,
+        mask_token=LLADA_MASK,
+        chat_template=LLADA_CHAT,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def pretrained(
+    path: str,
+    revision: str | None = None,
+    mask_token: str | None = None,
+    eos_token: str | None = None,
+    pad_token: str | None = None,
+    chat: bool = True,
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a published model from a folder or a hub id; no code of theirs is run.
+
+    mask_token, eos_token, pad_token: taken where the tokenizer declares none itself, as LLaDA's declares no
+    mask; without either, padding is EOS. chat: give a tokenizer that has the tokens of LLaDA's chats and no
+    form of chats the published one. A completion ends at EOS, as in the released code; LLaDA's end of turn
+    (`<|eot_id|>`) is a special token, which ends nothing and is left out of texts.
+
+    Raises InputError where nothing can be loaded, or a token is not in the vocabulary.
+    """
+    where = f"model.path={path}" + ("" if revision is None else f" model.revision={revision}")
+    folder = folder_of(path, revision, TOKENIZER)
+    told = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # else it warns of a config.json that is no model of its own
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, padding_side="left"
+        )
+    except Exception as error:  # broken files raise all kinds, down to a panic's own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(
+            f"{where}: its tokenizer can't be loaded ({reason}); {folder} needs tokenizer.json and "
+            "tokenizer_config.json"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(told)
+    vocabulary = tokenizer.get_vocab()
+    chosen = {"mask_token": mask_token, "eos_token": eos_token, "pad_token": pad_token}
+    for name, token in chosen.items():
+        if getattr(tokenizer, name) is None:
+            token = tokenizer.eos_token if token is None and name == "pad_token" else token
+            if token is None:
+                raise InputError(
+                    f"{where}: its tokenizer declares no {name}; give it one of its tokens: "
+                    f"model.tokenizer.{name}=..."
+                )
+            if token not in vocabulary:
+                raise InputError(
+                    f"{where}: model.tokenizer.{name}={token} is none of its tokenizer's {len(vocabulary)} "
+                    "tokens; give one that is"
+                )
+            setattr(tokenizer, name, token)
+    if chat and tokenizer.chat_template is None and {HEADER, HEADER_END, END_OF_TURN} <= vocabulary.keys():
+        tokenizer.chat_template = LLADA_CHAT
+    return tokenizer

@@ -74,6 +74,15 @@ def check_choices(task: str, **choices: tuple[str, Sequence[str]]) -> None:
             raise InputError(f"task.{option}={value} is not one of those of {task}: {', '.join(allowed)}")
 
 
+def check_generated(eval_size: int | None) -> None:
+    """Raise InputError where held-out examples are generated, and it is not said how many."""
+    if eval_size is None:
+        raise InputError(
+            "task.eval_size=null: examples of this task are generated, and null is no number; "
+            "give how many, as task.eval_size=256"
+        )
+
+
 class Split:
     """Rows of which some are for training and some held out, each loaded when first asked for."""
 

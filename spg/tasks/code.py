@@ -238,8 +238,9 @@ class Coding(Split):
     format only where the program is Python.
     path: file or folder with held-out rows, train_path: with KodCode's; without, the hub. prompt_file:
     prompts of another code base. isolation, wall_seconds, memory_mb: of the cage; workers: runs at once, 0
-    for one a CPU. A program of more than `LONGEST` characters counts as no Python. Raises InputError for
-    values that are not allowed, and where code can't be walled in.
+    for one a CPU. eval_size: held-out rows of each half that are used, None for all. A program of more than
+    `LONGEST` characters counts as no Python. Raises InputError for values that are not allowed, and where
+    code can't be walled in.
     """
 
     name: str
@@ -257,13 +258,16 @@ class Coding(Split):
         wall_seconds: float = 8.0,
         memory_mb: int = 1024,
         workers: int = 0,
+        eval_size: int | None = None,
     ) -> None:
         check_limits(isolation=isolation, wall_seconds=wall_seconds, memory_mb=memory_mb, workers=workers)
+        check_limits(eval_size=eval_size)
         super().__init__()
         check_choices(self.name, reward=(reward, REWARDS), parser=(parser, PARSERS))
         self.reward_name = reward
         self.parser = parser
         self.paths = {"train": train_path, "heldout": path}
+        self.eval_size = eval_size
         self.prompts = None if prompt_file is None else PromptFile(prompt_file, ("question",))
         self.workers = workers or os.cpu_count() or 1
         self._new_cage = partial(
@@ -281,6 +285,8 @@ class Coding(Split):
         published = KODCODE if source == "train" else self.heldout
         option = "task.train_path" if source == "train" else "task.path"
         rows = load(published, self.paths[source], option)
+        if source == "heldout" and self.eval_size is not None:
+            rows = rows[: 2 * self.eval_size]
         examples = [self.kodcode(row) if source == "train" else self.example(row) for row in rows]
         problems = [(n, self._problem(example)) for n, example in enumerate(examples, start=1)]
         problems = [(n, problem) for n, problem in problems if problem]

@@ -16,7 +16,7 @@ import numpy as np
 from spg.errors import InputError
 from spg.limits import check_limits
 from spg.tasks.arithmetic import exact_value, python_value
-from spg.tasks.base import SPLITS, Chat, Example, Template, check_choices, halves
+from spg.tasks.base import SPLITS, Chat, Example, Template, check_choices, check_generated, halves
 from spg.tasks.latex import box_content, last_boxed
 from spg.tasks.prompts import PromptFile, instruct
 from spg.tasks.rows import Published, load, read
@@ -234,6 +234,7 @@ class Countdown:
             eval_size=eval_size,
             data_seed=data_seed,
         )
+        check_generated(eval_size)
         check_choices(self.name, reward=(reward, REWARDS), parser=(parser, PARSERS))
         self.reward_name = reward
         self.parser = parser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,14 @@ from spg.tasks.rows import Published, files_of, load
 from spg.tasks.tags import CLOSE, OPEN
 from spg.tasks.verify import verify
 
+log = logging.getLogger(__name__)
+
 REWARDS = ("intended", "released")
 PARSERS = ("math_verify", "d1", "spg")
 # what a tokenizer may leave in a text at the completion's end
 ENDS = ("<|eot_id|>", "<|endoftext|>")
+# rows of a file of training rows alone that are held out, at most a quarter of it
+HELD_OUT = 512
 
 
 class Questions(Split):
@@ -26,7 +31,9 @@ class Questions(Split):
 
     reward: `intended`, or `released`, which is the authors' number for number. parser: `math_verify`, or `d1`
     or `spg`, the rules of these projects' evaluations. path: file or folder with held-out rows, train_path:
-    with training rows (a folder at `path` may hold both); without, the published data from the hub.
+    with training rows (a folder at `path` may hold both); without, the published data from the hub. A file at
+    `path` that is named as the training split serves for both: its last `HELD_OUT` rows, at most a quarter,
+    are held out, whatever else is set. eval_size: held-out rows of each half that are used, None for all.
     prompt_file: prompts of another code base. shots: worked examples in a prompt. Raises ValueError for
     values out of range.
     """
@@ -47,8 +54,9 @@ class Questions(Split):
         train_path: str | None = None,
         prompt_file: str | None = None,
         shots: int = 0,
+        eval_size: int | None = None,
     ) -> None:
-        check_limits(shots=shots)
+        check_limits(shots=shots, eval_size=eval_size)
         super().__init__()
         check_choices(self.name, reward=(reward, REWARDS), parser=(parser, PARSERS))
         self.reward_name = reward
@@ -56,10 +64,21 @@ class Questions(Split):
         self.path = path
         self.train_path = train_path
         self.shots = shots
+        self.eval_size = eval_size
         self.prompts = None if prompt_file is None else PromptFile(prompt_file, (self.column,))
 
     def _load(self, source: str) -> Sequence[Example]:
-        if source == "heldout":
+        first = 1  # number of the first row in its file
+        if self._serves_both():
+            rows = load(self.train, self.path, "task.path")
+            heldout = min(HELD_OUT, len(rows) // 4)
+            cut = len(rows) - heldout
+            if source == "heldout":
+                log.info("%s: the last %d rows are held out, %d trained on", self.path, heldout, cut)
+                rows, first = rows[cut:], cut + 1
+            else:
+                rows = rows[:cut]
+        elif source == "heldout":
             rows = load(self.heldout, self.path, "task.path")
         else:
             path = self.train_path
@@ -70,7 +89,16 @@ class Questions(Split):
             neither = path is None and folder is None
             both = "task.path=<folder with train.* and test.*> or task.train_path"
             rows = load(self.train, path, both if neither else "task.train_path")
-        return [self.example(row, f"{self.name}, {source}, row {n}") for n, row in enumerate(rows, start=1)]
+        if source == "heldout" and self.eval_size is not None:
+            rows = rows[: 2 * self.eval_size]
+        return [
+            self.example(row, f"{self.name}, {source}, row {n}") for n, row in enumerate(rows, start=first)
+        ]
+
+    def _serves_both(self) -> bool:
+        """Return whether `path` is a file of training rows, by its name, and no others are given."""
+        file = None if self.path is None or self.train_path is not None else Path(self.path)
+        return file is not None and file.is_file() and file in files_of(file.parent, self.train.split)
 
     def example(self, row: Mapping[str, Any], where: str) -> Example:
         """Return the example that a row is; raises InputError, naming `where`, if it has no answer."""

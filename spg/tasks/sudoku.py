@@ -17,7 +17,7 @@ import numpy as np
 
 from spg.errors import InputError
 from spg.limits import check_limits
-from spg.tasks.base import SPLITS, Chat, Example, Template, check_choices
+from spg.tasks.base import SPLITS, Chat, Example, Template, check_choices, check_generated
 from spg.tasks.prompts import PromptFile
 from spg.tasks.tags import CLOSE, OPEN, last_answer
 
@@ -238,6 +238,7 @@ class Sudoku:
         check_limits(train_size=train_size, eval_size=eval_size, data_seed=data_seed)
         if min_empty > max_empty:
             raise ValueError(f"min_empty={min_empty} is above max_empty={max_empty}")
+        check_generated(eval_size)
         check_choices(self.name, reward=(reward, REWARDS), parser=(parser, PARSERS))
         if prompt_file is not None and prompt_style != "instruct":
             raise InputError(

@@ -1,0 +1,95 @@
+"""The output head where it is wide: log-probabilities without keeping the logits they come from.
+
+With a vocabulary of 126,464 the logits of one sequence of 256 tokens take 130 MB; a loss that keeps them and
+their softmax for its backward pass is what fills the memory of an update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEW = 2**22  # logits that may as well be kept, 16 MB
+
+
+def rows_at_once(vocabulary: int, device: torch.device) -> int:
+    """Return how many positions' logits are computed together: 32 MB of them, on a GPU half a gigabyte.
+
+    Each time the whole head is read, which takes longer than a few positions' products.
+    """
+    return max(1, (2**27 if device.type == "cuda" else 2**23) // vocabulary)
+
+
+def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return log softmax(hidden weight^T) at `targets` [S], in float32, of hidden [S D] and weight [V D].
+
+    Beyond a few, the logits are made and forgotten chunk by chunk. The derivative of a position's
+    log-probability by its hidden state, sum_v (1[v = target] - p_v) weight[v], needs nothing that comes
+    after: where the head is not trained it is taken right away, and the backward pass scales it. Where it is
+    trained, the backward pass computes the logits again. Under autocast the products are in its type, the
+    softmax in float32 always.
+    """
+    if len(hidden) * len(weight) <= FEW:
+        return -F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+    device = hidden.device.type
+    lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        logps: Tensor = _TokenLogps.apply(hidden.to(lower), weight.to(lower), targets)  # type: ignore[no-untyped-call]
+    return logps
+
+
+class _TokenLogps(torch.autograd.Function):
+    """See `token_logps`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        early = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        slopes = torch.empty_like(hidden) if early else None
+        logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        for piece in _pieces(len(targets), rows_at_once(len(weight), hidden.device)):
+            logits = F.linear(hidden[piece], weight).float()
+            chosen = targets[piece].unsqueeze(-1)
+            peak, picked = logits.amax(-1, keepdim=True), logits.gather(-1, chosen)
+            shares = logits.sub_(peak).exp_()
+            total = shares.sum(-1, keepdim=True)
+            logps[piece] = (picked - peak - total.log()).squeeze(-1)
+            if slopes is not None:
+                by_logits = _less_from_one(shares.div_(total), chosen)
+                slopes[piece] = by_logits.to(weight.dtype) @ weight
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
+        else:
+            ctx.save_for_backward(hidden, weight, targets)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (gradient,) = gradients
+        if len(ctx.saved_tensors) == 1:
+            (slopes,) = ctx.saved_tensors
+            return slopes * gradient.unsqueeze(-1).to(slopes.dtype), None, None
+        hidden, weight, targets = ctx.saved_tensors
+        by_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        by_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for piece in _pieces(len(targets), rows_at_once(len(weight), hidden.device)):
+            probabilities = F.linear(hidden[piece], weight).float().softmax(-1)
+            by_logits = _less_from_one(probabilities, targets[piece].unsqueeze(-1))
+            by_logits = by_logits.mul_(gradient[piece].unsqueeze(-1)).to(weight.dtype)
+            if by_hidden is not None:
+                by_hidden[piece] = by_logits @ weight
+            by_weight += by_logits.T @ hidden[piece]
+        return by_hidden, by_weight.to(weight.dtype), None
+
+
+def _less_from_one(probabilities: Tensor, chosen: Tensor) -> Tensor:
+    """Turn probabilities [C V], in place, into 1[chosen] - p: d log p(chosen) / d logits."""
+    return probabilities.neg_().scatter_add_(-1, chosen, torch.ones_like(probabilities[:, :1]))
+
+
+def _pieces(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))

@@ -1,0 +1,261 @@
+"""Qwen3 turned bidirectional: Tiny-A2D, and whatever else has its layout.
+
+The layers are those of transformers, with their parameters and published names; what is ours is how a layer
+is run: no causal mask, rotary positions in float32, the cache of decoding, and only the positions that are
+wanted in the last layer. Logits at a position are about that position's own token: nothing is shifted.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.models.qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
+
+from spg.limits import check_limits
+from spg.models.attention import look
+from spg.models.network import Network, Places
+from spg.models.tokenizer import pretrained
+
+# Qwen3's chat template opens an answer with an empty thought where it is told so
+NO_THINKING = "{%- set enable_thinking = false %}"
+
+
+@dataclass(frozen=True)
+class Qwen3DiffusionConfig:
+    """Sizes of a bidirectional Qwen3, named as in the published configuration files.
+
+    Raises ValueError where a size is out of range or the heads do not share out.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rope_theta: float = 1000000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        check_limits(**vars(self))
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} must divide "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+
+    @property
+    def d_model(self) -> int:
+        """Width of the hidden states."""
+        return self.hidden_size
+
+    @property
+    def embedding_size(self) -> int:
+        """Rows of embedding and head."""
+        return self.vocab_size
+
+    def for_transformers(self) -> Qwen3Config:
+        """Return the same sizes as transformers has them."""
+        sizes = {name: value for name, value in vars(self).items() if name != "rope_theta"}
+        rope = {"rope_type": "default", "rope_theta": self.rope_theta}
+        return Qwen3Config(**sizes, rope_parameters=rope, use_cache=False)
+
+
+class Layer(Qwen3DecoderLayer):
+    """A layer of transformers' Qwen3, whose attention looks both ways."""
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        visible: Tensor | None,
+        at: Places | None = None,
+        put: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """Map hidden states [N W D]; `visible` [N 1 1 L] is True at the positions that may be seen.
+
+        rotary, at, put: see `attention.look`; with `at` the result is [S D].
+        """
+        own = self.self_attn
+        h = self.input_layernorm(x)
+        value = self._heads(own.v_proj(h)).transpose(1, 2)
+        key = own.k_norm(self._heads(own.k_proj(h))).transpose(1, 2)
+        x, seen = look(x, h, self._query, key, value, rotary, visible, at, put)
+        x = x + own.o_proj(seen)
+        fed: Tensor = self.mlp(self.post_attention_layernorm(x))
+        return x + fed
+
+    def _query(self, normal: Tensor) -> Tensor:
+        own = self.self_attn
+        query: Tensor = own.q_norm(self._heads(own.q_proj(normal)))
+        return query.transpose(1, 2)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], -1, self.self_attn.head_dim)
+
+
+class Model(nn.Module):
+    """The level `model.` of the published names."""
+
+    def __init__(self, config: Qwen3DiffusionConfig) -> None:
+        super().__init__()
+        theirs = config.for_transformers()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(theirs, number) for number in range(config.num_hidden_layers))
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Qwen3Diffusion(Network):
+    """The network: token ids [N L] to hidden states [N L D], and hidden states to logits.
+
+    With `tie_word_embeddings` the head's weight is the embedding's parameter; `state_dict` then names it
+    once, as `model.embed_tokens.weight`, and loading takes it under either name. seed: of the initial
+    weights, normal with deviation 1 / sqrt(inputs), those that write into the residual stream divided by
+    sqrt(2 * layers); None leaves them to who fills them.
+    """
+
+    # the seven names of the published setting are Qwen's, so that they are all of a layer's matrices
+    lora_targets: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("released", "all"),
+        r".*\.layers\.\d+\.\w+\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+    )
+
+    def __init__(self, config: Qwen3DiffusionConfig, seed: int | None = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+        self.register_state_dict_post_hook(_named_once)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_under_either_name)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_tied_again)  # type: ignore[no-untyped-call]
+        if seed is not None:
+            self.initialise(seed)
+
+    def tie(self) -> None:
+        """Make the embedding's parameter the head's too, where the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # a move off the meta device makes new parameters of both
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.tie()
+        return self
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw all weights from `seed`, on the device that they are on."""
+        generator = torch.Generator(self.model.embed_tokens.weight.device).manual_seed(seed)
+        depth = (2 * self.config.num_hidden_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = parameter.shape[1] ** -0.5 / (depth if into_residual else 1)
+                nn.init.normal_(parameter, std=std, generator=generator)
+            else:
+                nn.init.ones_(parameter)
+
+    @property
+    def head(self) -> nn.Module:
+        """The output head."""
+        return self.lm_head
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The layers."""
+        return self.model.layers
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The embedding."""
+        return self.model.embed_tokens
+
+    @property
+    def norm(self) -> nn.Module:
+        """The normalisation after the last layer."""
+        return self.model.norm
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """Return the rotary frequencies [d / 2], in radians a position."""
+        theirs = self.config.for_transformers()
+        frequencies: Tensor = Qwen3RotaryEmbedding.compute_default_rope_parameters(theirs)[0]
+        return frequencies.to(device)
+
+    def published_config(self) -> dict[str, Any]:
+        """Return the fields of the published models' config.json, for a folder that others load."""
+        sizes = vars(self.config)
+        return {
+            "architectures": ["A2DQwen3LMHeadModel"],
+            "model_type": "a2d-qwen3",
+            **sizes,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "initializer_range": 0.02,
+            "layer_types": ["full_attention"] * self.config.num_hidden_layers,
+            "max_position_embeddings": 40960,
+            "max_window_layers": self.config.num_hidden_layers,
+            "sliding_window": None,
+            "use_cache": False,
+            "use_sliding_window": False,
+        }
+
+
+def a2d_tokenizer(
+    path: str, revision: str | None = None, mask_token: str | None = "<|mask|>"
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a Tiny-A2D model from a folder or a hub id, as its network expects it.
+
+    A completion ends at `<|im_end|>`, which pads as well: the network was trained to fill what follows with
+    `<|endoftext|>`, Qwen3's padding, and as padding that could never be chosen. Chats are opened without
+    thinking, as the model's card recommends. mask_token: where the tokenizer declares none.
+
+    Raises InputError where nothing can be loaded, or a token is not in the vocabulary.
+    """
+    with warnings.catch_warnings():
+        # transformers reads config.json too, and tells of its publisher's fields that they are out of date
+        warnings.simplefilter("ignore", FutureWarning)
+        tokenizer = pretrained(path, revision, mask_token=mask_token)
+    tokenizer.pad_token = tokenizer.eos_token
+    template = tokenizer.chat_template
+    # a folder that was exported with this tokenizer has it already
+    if isinstance(template, str) and not template.startswith(NO_THINKING):
+        tokenizer.chat_template = NO_THINKING + template
+    return tokenizer
+
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def _named_once(network: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Leave the tied head out of a state dict, as transformers does: files can't hold a tensor twice."""
+    assert isinstance(network, Qwen3Diffusion)
+    if network.config.tie_word_embeddings:
+        state.pop(prefix + _HEAD, None)
+
+
+def _under_either_name(network: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Complete a state dict that has the tied parameter under one name."""
+    assert isinstance(network, Qwen3Diffusion)
+    if network.config.tie_word_embeddings:
+        for given, other in ((_EMBEDDING, _HEAD), (_HEAD, _EMBEDDING)):
+            if prefix + given in state:
+                state.setdefault(prefix + other, state[prefix + given])
+
+
+def _tied_again(network: nn.Module, _: Any) -> None:
+    """Tie what loading by assignment has made two parameters."""
+    assert isinstance(network, Qwen3Diffusion)
+    network.tie()
