@@ -213,7 +213,9 @@ class Training(pl.LightningModule):
             experience = replace(experience, rollout=experience.rollout.until(longest))
             samples = samples.until(longest)
         loss, figures = self.backward_through(experience, samples)
-        norm = self._clip([p for p in self.policy.parameters() if p.requires_grad])
+        # where weights are sliced, gradients are with the slices, which the optimizer alone has by then
+        own = self.policy.parameters() if self.sharded is None else _weights(optimizer)
+        norm = self._clip([p for p in own if p.requires_grad])
         learned = self.objective.learns_from(experience)
         # over all processes: the shares of the loss, how many sequences are learned from, their figures
         sums = torch.stack([loss, learned.sum(), *((f * learned).sum() for f in figures.values())])
@@ -578,6 +580,10 @@ class Training(pl.LightningModule):
                 f"the checkpoint does not fit the model: {name} is {found.get(name, 'missing')} in it and "
                 f"{expected.get(name, 'not trained')} here"
             )
+
+
+def _weights(optimizer: LightningOptimizer) -> Iterator[Tensor]:
+    return (weight for group in optimizer.param_groups for weight in group["params"])
 
 
 def _random_state(device: torch.device) -> Tensor:
