@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,41 @@ from spg.models.network import Places
 SHORT = 64  # positions up to which plain attention is the faster one on CPU
 
 
+class _Rotate(torch.autograd.Function):
+    """x cos + swapped(x) sin, in half the composite's passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return torch.addcmul(_swapped(x, sin), x, cos)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        (gradient,) = gradients
+        by_x = gradient * cos
+        half = by_x.shape[-1] // 2
+        by_x[..., half:] += gradient[..., :half] * sin[..., :half]
+        by_x[..., :half] += gradient[..., half:] * sin[..., half:]
+        return by_x, None, None
+
+
+def _swapped(x: Tensor, sin: Tensor) -> Tensor:
+    """Return the halves of x [... d], each times the other's place in `sin` [... d], in each other's place."""
+    half = x.shape[-1] // 2
+    turned = torch.empty_like(x)
+    torch.mul(x[..., half:], sin[..., :half], out=turned[..., :half])
+    torch.mul(x[..., :half], sin[..., half:], out=turned[..., half:])
+    return turned
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to x [N H L d] with tables [... L d], in float32, halves paired."""
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    # `sin` carries the sign of the first half; the joined tensor first, since the result takes its layout
-    return torch.addcmul(torch.cat([second, first], dim=-1) * sin, wide, cos).to(x.dtype)
+    """Apply rotary positions to x [N H L d] with tables [... L d], in float32, halves paired.
+
+    `sin` carries the sign of the first half.
+    """
+    turned: Tensor = _Rotate.apply(x.float(), cos, sin)  # type: ignore[no-untyped-call]
+    return turned.to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:

@@ -50,16 +50,19 @@ class _TokenLogps(torch.autograd.Function):
         early = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
         slopes = torch.empty_like(hidden) if early else None
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        for piece in _pieces(len(targets), rows_at_once(len(weight), hidden.device)):
-            logits = F.linear(hidden[piece], weight).float()
+        size = min(len(targets), rows_at_once(len(weight), hidden.device))
+        room = hidden.new_empty(size, len(weight))  # one for all pieces: new memory is slow to touch
+        for piece in _pieces(len(targets), size):
+            some = hidden[piece]
+            logits = torch.mm(some, weight.T, out=room[: len(some)]).float()
             chosen = targets[piece].unsqueeze(-1)
             peak, picked = logits.amax(-1, keepdim=True), logits.gather(-1, chosen)
             shares = logits.sub_(peak).exp_()
             total = shares.sum(-1, keepdim=True)
             logps[piece] = (picked - peak - total.log()).squeeze(-1)
-            if slopes is not None:
-                by_logits = _less_from_one(shares.div_(total), chosen)
-                slopes[piece] = by_logits.to(weight.dtype) @ weight
+            if slopes is not None:  # in passes over memory as few as can be: total * (p - 1[v = target]) first
+                shares.scatter_add_(-1, chosen, -total)
+                slopes[piece] = (shares.to(weight.dtype) @ weight).div_(-total)
         if slopes is not None:
             ctx.save_for_backward(slopes)
         else:
