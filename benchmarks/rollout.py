@@ -251,7 +251,8 @@ def check_draws(bench: Bench, repeats: int = 4) -> dict[str, Any]:
                 ids = bench.decode(bench.at(0), bench.blocks, seed).completion_ids[:, :block]
             excess += (finite.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - mean).sum()
         found[name] = float(excess / (repeats * variance.sum()).sqrt())
-        if abs(found[name]) > DEVIATIONS:
+        # in bfloat16 the plain way's noise has 256 values and its draws are off, which is told, not mended
+        if abs(found[name]) > DEVIATIONS and (name == "ours" or policy.precision == "32-true"):
             raise RunError(
                 f"what {name} draws is {found[name]:.1f} standard deviations from what is expected"
             )
@@ -361,11 +362,11 @@ def main() -> None:
         figures = measure(bench, rate)
         rate = figures["rates"]
         result["temperatures"][str(temperature)] = figures
+        write(result, given.output)  # now, lest the next temperature's failure should lose it
         sys.stdout.write(table(f"temperature {temperature}", figures["seconds"]))
         for name, row in figures["floors"].items():
             sys.stdout.write(f"  {name}: {row['share']:.0%} of the roofline of {row['seconds']:.3g} s\n")
         sys.stdout.flush()
-    write(result, given.output)
 
 
 if __name__ == "__main__":

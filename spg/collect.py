@@ -98,11 +98,11 @@ def collect(
     was_training = policy.training
     policy.eval()
     done = rollout(policy, decoder, task, examples, group_size, seed, first)
-    apart = (
-        None if decoder.cache == "none" else logp_difference(policy, done, derive_seed(seed, "difference"))
-    )
-    policy.train(was_training)
     decoded = time.perf_counter()
+    exact = decoder.cache == "none"
+    apart = None if exact else logp_difference(policy, done, derive_seed(seed, "difference"))
+    policy.train(was_training)
+    compared = time.perf_counter()
     parts = scored(task.reward, done.examples, done.texts, task.workers)
     reward_parts = {name: torch.tensor([p[name] for p in parts], device=policy.device) for name in parts[0]}
     rewards = torch.stack(list(reward_parts.values())).sum(0)
@@ -111,7 +111,7 @@ def collect(
     experience = Experience(done, rewards, reward_parts, advantages[start : start + len(rewards)])
     ended = time.perf_counter()
     tokens = int((done.commit_step >= 0).sum())
-    return experience, Collected(decoded - started, ended - decoded, tokens, apart)
+    return experience, Collected(decoded - started, ended - compared, tokens, apart)
 
 
 @dataclass(frozen=True)

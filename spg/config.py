@@ -162,7 +162,14 @@ def _check_names(primary: str, overrides: list[Override]) -> None:
     """Raise ConfigError where a group, an option or a key does not exist."""
     for override in overrides:
         _check_group(override)
-    chosen = [o.input_line or "" for o in overrides if _is_group(o) and not o.is_sweep_override()]
+    # of several options the first one tells which keys there are
+    chosen = [
+        f"{(o.input_line or '').split('=', 1)[0]}={next(o.sweep_string_iterator())}"
+        if o.is_sweep_override()
+        else o.input_line or ""
+        for o in overrides
+        if _is_group(o)
+    ]
     known = _compose(primary, chosen)
     for override in overrides:
         _check_key(override, known)
@@ -237,6 +244,7 @@ def _check_group(override: Override) -> None:
             guess = nearest(name, options)
             raise ConfigError(
                 f"{key}={name}: {group} has no option {name!r}; allowed: {', '.join(options)}"
+                + (f"; {key}=null can be chosen in a run of its own" if group in OPTIONAL else "")
                 + (f"; nearest: {key}={guess}" if guess else "")
             )
 
@@ -326,7 +334,7 @@ def check(cfg: DictConfig) -> None:
         )
     if "task" in cfg:
         check_task(cfg)
-    if "model" in cfg:
+    if "model" in cfg and cfg.get("run") is None:  # else the run's model decides
         check_model(cfg)
     if "samples" in cfg and cfg.run is None:  # else the run's way of decoding decides
         check_samples(cfg)
@@ -364,6 +372,12 @@ def check_model(cfg: DictConfig) -> None:
             "model.weights=published needs model.path, a folder or the name of a model on the hub; this "
             "model is not published: give model.path=..., or model.weights=random"
         )
+    option = shipped("model", model) if weights == "random" and path is not None else None
+    if option is not None and option[1].get("path") is None:
+        raise ConfigError(
+            f"model.path={path} would not be read: this model's weights are random; give "
+            "model.weights=published too, or model.path=null"
+        )
     if weights == "base" and path is not None:
         raise ConfigError(
             f"model.weights=base: base weights are made here, and this model is published ({path}); give "
@@ -371,6 +385,11 @@ def check_model(cfg: DictConfig) -> None:
         )
     if model.get("quantization") is None:
         return
+    if weights == "base":
+        raise ConfigError(
+            f"model.quantization={model.quantization} is for published models, not for base weights that are "
+            "made here; give model.quantization=null"
+        )
     if model.get("lora") is None:
         raise ConfigError(
             f"model.quantization={model.quantization} needs an adapter, for weights of 4 bits can't be "

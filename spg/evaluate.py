@@ -195,6 +195,7 @@ def settings(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             merged[key] = str(Path(cfg[key]).absolute())
     merged = config.settle(merged)
     config.check(merged)
+    config.check_model(merged)
     config.check_samples(merged)
     return merged
 
@@ -255,6 +256,9 @@ def of_run(cfg: DictConfig, overrides: list[str]) -> DictConfig:
                 f"{key}: the run's task has no such setting; it has {', '.join(config.keys(trained.task))}"
             )
         OmegaConf.update(merged, key, OmegaConf.select(cfg, key))
+    for key in ("path", "revision"):  # a run's configuration is resolved: its tokenizer follows here
+        if f"model.{key}" in given and trained.model.tokenizer.get(key) == trained.model.get(key):
+            merged.model.tokenizer[key] = merged.model[key]
     return merged
 
 

@@ -49,7 +49,7 @@ def export(cfg: DictConfig, trained: DictConfig, source: Path, output: Path) -> 
     and where the disk takes no more.
     """
     dtype = None if cfg.cast == "keep" else getattr(torch, cfg.cast)
-    staged = output.with_name(f"{output.name}.tmp")
+    staged = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     shutil.rmtree(staged, ignore_errors=True)
     try:
         staged.mkdir(parents=True)
@@ -177,8 +177,9 @@ def fields(
     """Return what config.json holds: the base model's fields, the network's own, and the special tokens."""
     ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
     kind = {"torch_dtype": str(dtype).removeprefix("torch.")}
-    own, base = network.published_config(), _fields_of_base(trained)
+    own = network.published_config()
     if trained.model.weights == "published":  # then it has been checked to say the same, and may say more
+        base = _fields_of_base(trained)
         own |= {name: value for name, value in base.items() if value is not None or name not in own}
     return own | ids | kind
 
@@ -219,8 +220,8 @@ def card(cfg: DictConfig, trained: DictConfig, source: Path, output: Path) -> st
     run, file = Path(cfg.run).resolve(), source.resolve()
     where = file.relative_to(run) if file.is_relative_to(run) else source
     head: dict[str, Any] = {"tags": ["masked-diffusion", "reinforcement-learning"]}
-    if base is not None and trained.model.weights == "published" and not Path(base).exists():
-        head["base_model"] = base  # a hub id
+    if base is not None and trained.model.weights == "published" and not Path(base).is_absolute():
+        head["base_model"] = base  # a hub id: folders are absolute, be they still there or not
     if not whole:
         head["library_name"] = "peft"
     task = trained.task._target_.rpartition(".")[2]

@@ -252,6 +252,8 @@ class Policy(nn.Module):
                 states = self.network.hidden(tokens, mask, Places(columns), cache)
         noise = None if noise is None or temperature == 0 else noise.flatten()
         size = rows_at_once(self.network.head_width, states.device)
+        if noise is not None and states.device.type == "cuda":
+            size = max(1, size // 8)  # in float64, and as logits, probabilities and their sums
         pieces = range(0, len(states), size)
         found = [
             self._choose(

@@ -194,6 +194,8 @@ def build_policy(cfg: DictConfig) -> Policy:
 
 def setting(cfg: DictConfig, name: str) -> Any:
     """Return a setting of the model; one that a run of version 0.3 does not have is what it was there."""
+    if name == "precision" and name not in cfg.model and "trainer" in cfg:  # its place then
+        return cfg.trainer.get(name, BEFORE[name])
     return cfg.model.get(name, BEFORE[name])
 
 
@@ -249,7 +251,8 @@ def _large(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Network:
             "give the tokenizer that belongs to the model (model.tokenizer)"
         )
     if cfg.model.weights == "random":
-        _draw(network.to(dtype).to_empty(device=device), OmegaConf.select(cfg, "pretrain.seed", default=0))
+        network.to(dtype).to_empty(device=device)
+        network.initialise(OmegaConf.select(cfg, "pretrain.seed", default=0))
         if nf4:
             quantise(network, device, dtype)
         return network
@@ -277,13 +280,6 @@ def _dtype(cfg: DictConfig) -> torch.dtype:
     name: str = "float32" if trained else setting(cfg, "dtype")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _draw(network: Any, seed: int) -> None:
-    """Draw the weights of a network that has room for them, and no values yet."""
-    network.initialise(seed)
-    if hasattr(network, "settle_buffers"):
-        network.settle_buffers(next(network.parameters()).device)
 
 
 def _check_config(cfg: DictConfig, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

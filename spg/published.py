@@ -95,6 +95,7 @@ FAMILIES = {
             "attention_layer_norm": (False,),
             "input_emb_norm": (False,),
             "rope": (True,),
+            "rope_full_precision": (True,),
             "alibi": (False,),
             "clip_qkv": (None,),
             "multi_query_attention": (False, None),
@@ -171,7 +172,7 @@ def folder_of(path: str, revision: str | None, files: Sequence[str]) -> Path:
     """
     if Path(path).is_dir():
         return Path(path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) is None:
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is None:
         raise InputError(
             f"model.path={path} is no folder, nor the name of a model on the hub (owner/name); give one"
         )

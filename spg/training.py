@@ -91,7 +91,7 @@ def build_module(cfg: DictConfig, task: Task | None = None) -> Training:
         max_updates=cfg.trainer.max_updates,
         seed=cfg.seed,
         micro_batch_size=cfg.trainer.micro_batch_size,
-        cut_completions=cfg.trainer.cut_completions,
+        cut_completions=cfg.trainer.get("cut_completions", False),  # not in runs of version 0.3
         eval_batch_size=cfg.trainer.eval_batch_size,
         identity=identity(cfg),
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,16 +147,26 @@ def load_published(
         with safe_open(path, framework="pt") as file:
             for names in groups:
                 given = _given(names, found)
-                _put(network, given, names, file.get_tensor(given), dtype, device, convert)
-    settle = getattr(network, "settle_buffers", None)
-    if settle is not None:
-        settle(device)
+                tensor = file.get_tensor(given)
+                _same(tensor, given, [name for name in names if name in found and name != given], found)
+                _put(network, given, names, tensor, dtype, device, convert)
     return len(by_file)
 
 
 def _given(names: Sequence[str], found: Mapping[str, Stored]) -> str:
     """Return the first of a tensor's names that is found."""
     return next(name for name in names if name in found)
+
+
+def _same(tensor: Tensor, given: str, others: Sequence[str], found: Mapping[str, Stored]) -> None:
+    """Raise ValueError where what is one tensor in the network is stored under `others` with other values."""
+    for name in others:
+        with safe_open(found[name].file, framework="pt") as file:
+            if not torch.equal(tensor, file.get_tensor(name)):
+                raise ValueError(
+                    f"{found[name].file}: {name} differs from {given}, which are one tensor in this model; "
+                    "give model.network.config.tie_word_embeddings=false"
+                )
 
 
 def _fit(network: nn.Module, found: Mapping[str, Stored], place: Path) -> list[tuple[str, ...]]:
@@ -170,8 +179,7 @@ def _fit(network: nn.Module, found: Mapping[str, Stored], place: Path) -> list[t
     for name, tensor in tensors.items():
         groups.setdefault(id(tensor), []).append(name)
     missing = [names[0] for names in groups.values() if not found.keys() & set(names)]
-    ignored = re.compile(getattr(network, "ignored_tensors", r"(?!)"))
-    extra = [name for name in found if name not in tensors and ignored.fullmatch(name) is None]
+    extra = [name for name in found if name not in tensors]
     shaped = [
         f"{name} is {found[name].shape} in {found[name].file.name} and {tuple(tensor.shape)} in the model"
         for name, tensor in tensors.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 from spg import config
 from spg.adapters import LoRA
 from spg.decoding import Decoder, logp_difference
+from spg.models import head
 from spg.models.llada import LLaDA, LLaDAConfig
 from spg.policy import Policy
 from spg.seeding import Streams
 from spg.types import Prompts
 from tests.helpers import Ids, golden_policy, open_prompts
 from tests.test_invariance import batch
-from tests.test_lean import gradient, updating
+from tests.test_lean import frozen_head, gradient, updating, whole
+from tests.test_qwen3 import small as small_qwen
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,10 +59,16 @@ def test_random_draws_are_those_of_the_cpu() -> None:
     assert torch.equal(Streams(3, index).uniform(7), Streams(3, index.cuda()).uniform(7).cpu())
 
 
+def qwen() -> Policy:
+    """Return a policy on Qwen3's layers."""
+    return Policy(small_qwen(vocab_size=131), Ids(mask=126, eos=120, pad=120))
+
+
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("made", [golden_policy, qwen])
 def test_steps_do_not_wait_for_the_gpu(
-    cache: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+    cache: str, temperature: float, made: Callable[[], Policy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, steps = Decoder._step, []
 
@@ -72,19 +81,23 @@ def test_steps_do_not_wait_for_the_gpu(
         steps.append(shared)
 
     monkeypatch.setattr(Decoder, "_step", step)
-    Decoder(16, 4, 8, temperature, stop_at_eos=False, cache=cache)(
-        golden_policy().cuda(), on_gpu(prompts()), 0
-    )
+    Decoder(16, 4, 8, temperature, stop_at_eos=False, cache=cache)(made().cuda(), on_gpu(prompts()), 0)
     assert steps == [True] + [False] * 7
 
 
-def test_the_update_is_that_of_the_cpu() -> None:
+@pytest.mark.parametrize("trained", [whole, frozen_head])
+@pytest.mark.parametrize("few", [0, head.FEW])
+def test_the_update_is_that_of_the_cpu(
+    few: int, trained: Callable[[Policy], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "FEW", few)
     objective = config.build(config.compose("config", []).algorithm.objective)
     experience, samples = batch(1)
     found = []
     for move in (False, True):
         network = LLaDA(LLaDAConfig(32, 2, 2, 2, 48, vocab_size=131, embedding_size=131))
         policy = Policy(network, Ids(mask=126, eos=120, pad=120))
+        trained(policy)
         if move:
             policy.cuda()
             experience, samples = on_gpu(experience), on_gpu(samples)
@@ -104,8 +117,9 @@ def middling(precision: str = "bf16-mixed") -> Policy:
     return policy
 
 
-def test_many_draws_need_the_memory_of_few() -> None:
+def test_many_draws_need_the_memory_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """m = 16 in pieces of one masked sequence takes what m = 1 takes, but for the small [B M T] tensors."""
+    monkeypatch.setattr(head, "FEW", 0)
     objective = config.build(config.compose("config", []).algorithm.objective)
     peaks = []
     for num_mc in (1, 16):
@@ -122,6 +136,19 @@ def test_many_draws_need_the_memory_of_few() -> None:
         module.backward_through(experience, samples)
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] < 1.05 * peaks[0]
+
+
+def test_a_frozen_head_in_bfloat16_has_the_gradient_of_kept_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(300, 64, generator=g, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(32000, 64, generator=g, device="cuda", dtype=torch.bfloat16) * 0.3
+    targets = torch.randint(0, 32000, (300,), generator=g, device="cuda")
+    gradients = []
+    for few in (10**9, 0):
+        monkeypatch.setattr(head, "FEW", few)
+        (gradient,) = torch.autograd.grad(head.token_logps(hidden, weight, targets).sum(), hidden)
+        gradients.append(gradient.float())
+    assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < 0.02
 
 
 def test_bfloat16_decodes_and_tells_what_a_cache_changes() -> None:

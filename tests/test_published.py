@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spg import config, published, runs, weights
+from spg import config, evaluate, published, runs, weights
 from spg.config import ConfigError
 from spg.errors import InputError
 from spg.models.llada import LLaDA, LLaDAConfig
@@ -25,7 +25,7 @@ from spg.models.tokenizer import byte_tokenizer
 from spg.pretraining import build_policy, combination, pretrain
 from spg.quantization import check_nf4
 from spg.weights import load_published, load_weights, save_weights, stored
-from tests.helpers import same_run
+from tests.helpers import QUICK, comparable, same_run
 
 SIZES = LLaDAConfig(32, 2, 4, 2, 48, vocab_size=262, embedding_size=272, rope_theta=1000.0)
 SOURCE = LLaDA(SIZES, seed=5)
@@ -374,21 +374,14 @@ def test_the_weights_outlive_the_files(tmp_path: Path) -> None:
 
 
 class Tied(nn.Module):
-    """A network whose head is its embedding, with a buffer that is in no file."""
-
-    ignored_tensors: ClassVar[str] = r"rotary\..*"
+    """A network whose head is its embedding, with a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(6, 4)
         self.head = nn.Linear(4, 6, bias=False)
         self.head.weight = self.embed.weight
-        self.register_buffer("positions", torch.arange(3.0), persistent=False)
         self.register_buffer("scale", torch.ones(1))
-
-    def settle_buffers(self, device: torch.device) -> None:
-        """Compute again what is in no file."""
-        self.positions = torch.arange(3.0, device=device)
 
 
 @pytest.mark.parametrize("names", [["embed.weight"], ["head.weight"], ["embed.weight", "head.weight"]])
@@ -396,13 +389,12 @@ def test_tied_tensors_count_as_one_and_stay_tied(names: list[str], tmp_path: Pat
     matrix = torch.randn(6, 4)
     tensors = {name: matrix.clone() for name in names}
     file = tmp_path / "model.safetensors"
-    save_file(tensors | {"scale": torch.full((1,), 3.0), "rotary.inv_freq": torch.ones(2)}, file)
+    save_file(tensors | {"scale": torch.full((1,), 3.0)}, file)
     with torch.device("meta"):
         network = Tied()
     load_published(network, tmp_path, torch.float32, CPU)
     assert network.head.weight is network.embed.weight
     assert torch.equal(network.head.weight, matrix)
-    assert torch.equal(network.positions, torch.arange(3.0))
     assert network.scale.item() == 3.0
     save_weights(network, tmp_path / "saved.safetensors", {})
     assert sorted(load_file(tmp_path / "saved.safetensors")) == ["embed.weight", "scale"]
@@ -410,6 +402,13 @@ def test_tied_tensors_count_as_one_and_stay_tied(names: list[str], tmp_path: Pat
     load_weights(other, tmp_path / "saved.safetensors")
     assert other.head.weight is other.embed.weight
     assert torch.equal(other.head.weight, matrix)
+    save_file({"scale": torch.ones(1), "embed.weight": matrix, "head.weight": matrix + 1}, file)
+    with torch.device("meta"):
+        another = Tied()
+    with pytest.raises(
+        ValueError, match=r"head\.weight differs from embed\.weight.*tie_word_embeddings=false"
+    ):
+        load_published(another, tmp_path, torch.float32, CPU)
     save_file({"scale": torch.ones(1)}, file)
     with pytest.raises(ValueError, match=r"1 \(embed\.weight \(6, 4\)\) of 2 .* missing"):
         load_published(network, tmp_path, torch.float32, CPU)
@@ -448,6 +447,11 @@ def test_settings_that_contradict_each_other_are_refused(composed: DictConfig, f
 
 def test_base_weights_do_not_depend_on_how_a_model_is_kept(composed: DictConfig) -> None:
     assert set(combination(composed)["model"]) == {"network", "tokenizer"}
+
+
+def test_nf4_is_not_for_base_weights() -> None:
+    with pytest.raises(ConfigError, match="is for published models"):
+        config.compose("config", ["model.lora=default", "model.quantization=nf4"])
 
 
 def test_nf4_away_from_cuda_says_what_it_needs() -> None:
@@ -536,3 +540,46 @@ def test_runs_of_the_version_before_get_what_was_fixed_then(tmp_path: Path) -> N
     option = config.shipped("model", config.compose("config", ["model=llada_toy"]).model)
     assert option is not None
     assert option[0] == "llada_toy"
+
+
+def test_a_run_of_the_version_before_goes_on(tmp_path: Path) -> None:
+    """Its configuration and its checkpoint lack what is new; nothing is added to either."""
+    cfg = config.compose("config", [*QUICK, "task.eval_size=4", "trainer.max_updates=4"])
+    runs.start(cfg, tmp_path / "run", [])
+    old = runs.read_config(tmp_path / "run")
+    old.model = {key: old.model[key] for key in ("network", "tokenizer", "lora", "weights")}
+    old.trainer.pop("cut_completions")
+    old.trainer.precision = "bf16-mixed"
+    for key in ("cache", "refresh_every"):
+        old.decoding.pop(key)
+    runs.write_config(old, tmp_path / "run")
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    state = torch.load(last, weights_only=True)
+    state["spg"]["identity"] = runs.identity(old)
+    torch.save(state, last)
+    runs.resume(str(tmp_path / "run"), ["trainer.max_updates=8"])
+    assert len(comparable(tmp_path / "run")) == 9
+    assert "cut_completions" not in runs.read_config(tmp_path / "run").trainer
+    assert build_policy(old).precision == "bf16-mixed", "as it was, in its place then"
+
+
+def test_a_folder_that_would_not_be_read_is_refused(folder: Path) -> None:
+    with pytest.raises(config.ConfigError, match=r"model\.weights=published"):
+        config.compose("config", ["model=llada_toy", f"model.path={folder}"])
+    config.compose("config", ["model=llada_toy", f"model.path={folder}", "model.weights=published"])
+    config.compose("config", ["model=llada_8b", "model.weights=random"])
+
+
+def test_a_run_s_model_may_lie_elsewhere_by_now(folder: Path, tmp_path: Path) -> None:
+    cfg = config.compose("config", [*SHORT, f"model.path={folder}", "trainer.max_updates=4"])
+    runs.start(cfg, tmp_path / "run", [])
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    try:
+        lines = [f"run={tmp_path / 'run'}", f"model.path={moved}"]
+        settled = evaluate.settings(config.compose("evaluate", lines), lines)
+        assert settled.model.path == settled.model.tokenizer.path == str(moved)
+        policy = build_policy(settled)
+        assert policy.tokenizer.decode(policy.encode("1+1")) == "1+1"
+    finally:
+        moved.rename(folder)

@@ -115,7 +115,7 @@ def test_a_cache_stands_for_the_positions_outside_of_the_window(padded: bool) ->
     network, ids, real, cache = small(), tokens(), padding() if padded else None, Cache()
     whole = network.hidden(ids, real, cache=cache)
     assert torch.equal(whole, network.hidden(ids, real))
-    assert cache.keys[0].shape == (4, 2, 9, 12)
+    assert cache.slot(0, 0).keys.shape == (4, 2, 9, 12)
     assert torch.allclose(network.hidden(ids[:, 6:8], real, None, cache, 6), whole[:, 6:8], atol=1e-5)
     at = Places(torch.tensor([[0], [1], [0], [1]]))
     few = network.hidden(ids[:, 6:8], real, at, cache, 6)

@@ -146,7 +146,12 @@ def test_commands_run(
     saved = tmp_path / "saved.jsonl"
     saved.write_text(SAVED)
     run_of = "adapted" if "spg.export" in line or "adapter=" in line else "stopped"
-    places = {"<run dir>": run_of, "<evaluation dir>": "evaluated", "<folder>": "llada", "<GSM8K>": "questions"}
+    places = {
+        "<run dir>": run_of,
+        "<evaluation dir>": "evaluated",
+        "<folder>": "llada",
+        "<GSM8K>": "questions",
+    }
     for mark, fixture in places.items():
         if mark in line:
             line = line.replace(mark, str(request.getfixturevalue(fixture)))

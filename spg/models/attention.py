@@ -34,7 +34,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _swapped(x: Tensor, sin: Tensor) -> Tensor:
-    """Return the halves of x [... d], each times the other's place in `sin` [... d], in each other's place."""
+    """Return x [... d] with its halves in each other's place, times `sin` [... d]."""
     half = x.shape[-1] // 2
     turned = torch.empty_like(x)
     torch.mul(x[..., half:], sin[..., :half], out=turned[..., :half])
@@ -47,8 +47,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     `sin` carries the sign of the first half.
     """
-    turned: Tensor = _Rotate.apply(x.float(), cos, sin)  # type: ignore[no-untyped-call]
-    return turned.to(x.dtype)
+    wide = x.float()
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        turned: Tensor = _Rotate.apply(wide, cos, sin)  # type: ignore[no-untyped-call]
+        return turned.to(x.dtype)
+    first, second = wide.chunk(2, dim=-1)
+    return torch.addcmul(torch.cat([second, first], dim=-1) * sin, wide, cos).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:

@@ -60,7 +60,9 @@ class _TokenLogps(torch.autograd.Function):
             shares = logits.sub_(peak).exp_()
             total = shares.sum(-1, keepdim=True)
             logps[piece] = (picked - peak - total.log()).squeeze(-1)
-            if slopes is not None:  # in passes over memory as few as can be: total * (p - 1[v = target]) first
+            if (
+                slopes is not None
+            ):  # in passes over memory as few as can be: total * (p - 1[v = target]) first
                 shares.scatter_add_(-1, chosen, -total)
                 slopes[piece] = (shares.to(weight.dtype) @ weight).div_(-total)
         if slopes is not None:

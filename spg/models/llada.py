@@ -198,15 +198,14 @@ class LLaDA(Network):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draw all weights from `seed`, on the device that they are on."""
-        device = self.model.transformer.wte.weight.device
-        generator = torch.Generator(device).manual_seed(seed)
+        """Draw all weights from `seed`, the same on any device: an adapter may go on with them elsewhere."""
+        generator = torch.Generator().manual_seed(seed)
         depth = (2 * self.config.n_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 into_residual = "blocks" in name and ("attn_out" in name or "ff_out" in name)
                 std = parameter.shape[1] ** -0.5 / (depth if into_residual else 1)
-                nn.init.normal_(parameter, std=std, generator=generator)
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
             else:
                 nn.init.ones_(parameter)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -39,42 +38,58 @@ class Places:
         return flat if self.wanted is None else flat[self.wanted]
 
 
-@dataclass
+class Slot:
+    """Keys and values of one layer, [N H L d]; see `Cache`."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.start = 0  # where the positions of the pass begin
+
+    # outside of what torch.compile traces: it would compile each layer anew for its own keys and values
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def put(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put keys and values [N H W d] of the pass's positions in place; return all of the layer's."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = keys, values
+        else:
+            place = slice(self.start, self.start + keys.shape[2])
+            self.keys[:, :, place], self.values[:, :, place] = keys, values
+        return self.keys, self.values
+
+
 class Cache:
-    """Keys and values of N rows and L positions, [N H L d] a layer, that decoding goes on with.
+    """Keys and values of N rows and L positions that decoding goes on with.
 
     A pass over all L positions fills it; a pass over some of them puts theirs in place and sees the rest as
     they were.
     """
 
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._slots: list[Slot] = []
 
     @property
     def filled(self) -> bool:
         """Whether there is something to go on with."""
-        return bool(self.keys)
+        return bool(self._slots)
 
     def clear(self) -> None:
         """Forget everything: the next pass has to be over all positions."""
-        self.keys.clear()
-        self.values.clear()
+        self._slots.clear()
 
     def select(self, rows: Tensor) -> None:
         """Go on with the rows at `rows` [M], in that order; one may be named several times."""
-        for kept in (self.keys, self.values):
-            kept[:] = [tensor[rows] for tensor in kept]
+        for slot in self._slots:
+            assert slot.keys is not None
+            assert slot.values is not None
+            slot.keys, slot.values = slot.keys[rows], slot.values[rows]
 
-    def put(self, layer: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put keys and values [N H W d] of the positions from `start` on; return all of the layer's."""
-        if layer == len(self.keys):
-            self.keys.append(keys)
-            self.values.append(values)
-            return keys, values
-        stop = start + keys.shape[2]
-        self.keys[layer][:, :, start:stop] = keys
-        self.values[layer][:, :, start:stop] = values
-        return self.keys[layer], self.values[layer]
+    def slot(self, layer: int, start: int) -> Slot:
+        """Return the slot of a layer, from the first on, for a pass over positions from `start` on."""
+        if layer == len(self._slots):
+            self._slots.append(Slot())
+        self._slots[layer].start = start
+        return self._slots[layer]
 
 
 class Network(nn.Module):
@@ -91,7 +106,7 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         # outside of the module's buffers, which a move to bfloat16 would round and the meta device would lose
-        self._rotary: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._rotary: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def hidden(
         self,
@@ -110,11 +125,12 @@ class Network(nn.Module):
         last layer, whose other positions are seen by nobody, is computed for these alone.
         """
         x: Tensor = self.embedding(ids)
-        cos, sin = self._rotary_tables(start + ids.shape[1], ids.device)
-        rotary = (cos[start:], sin[start:])
+        stop = start + ids.shape[1]
+        cos, sin = self._rotary_tables(stop, ids.device)
+        rotary = (cos[start:stop], sin[start:stop])
         visible = None if attention_mask is None else attention_mask[:, None, None, :]
         for number, layer in enumerate(self.layers):
-            put = None if cache is None else partial(cache.put, number, start)
+            put = None if cache is None else cache.slot(number, start).put
             places = at if number == len(self.layers) - 1 else None
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rotary, visible, places, put, use_reentrant=False)
@@ -124,13 +140,17 @@ class Network(nn.Module):
         return final
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        key = (length, device)
-        if key not in self._rotary:
+        """Return cosines and sines [L d] of at least `length` positions, made anew for the longest so far."""
+        if device not in self._rotary or len(self._rotary[device][0]) < length:
             positions = torch.arange(length, device=device, dtype=torch.float)
             angles = torch.outer(positions, self.frequencies(device))
             cos, sin = angles.cos(), angles.sin()
-            self._rotary[key] = (torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
-        return self._rotary[key]
+            self._rotary[device] = (torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
+        return self._rotary[device]
+
+    @abstractmethod
+    def initialise(self, seed: int) -> None:
+        """Draw all weights from `seed`, the same on any device."""
 
     @abstractmethod
     def frequencies(self, device: torch.device) -> Tensor:
@@ -181,8 +201,7 @@ class Network(nn.Module):
         assert isinstance(weight, Tensor)
         return token_logps(hidden, weight, targets)
 
-    def compile_layers(self) -> None:
-        """Have torch compile each layer at its first use, again for every new shape of its input."""
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Have torch compile the layers at their first use, one program for all sizes of a kind of pass."""
         for layer in self.layers:
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, backend=backend)

@@ -67,6 +67,10 @@ class GSM8K(Questions):
             )
         return example
 
+    def boxes(self) -> bool:
+        r"""Return whether answers belong in \boxed{}: the released reward knows bare ones alone."""
+        return self.reward_name != "released"
+
     def target(self, example: Example) -> str:
         worked, _, _ = example["answer"].partition("####")
         return completed(CALCULATION.sub("", worked).strip(), _truth(example) or "")

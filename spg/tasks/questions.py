@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ PARSERS = ("math_verify", "d1", "spg")
 ENDS = ("<|eot_id|>", "<|endoftext|>")
 # rows of a file of training rows alone that are held out, at most a quarter of it
 HELD_OUT = 512
+UNBOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
 class Questions(Split):
@@ -105,11 +107,22 @@ class Questions(Split):
         raise NotImplementedError
 
     def prompt(self, example: Example) -> str | Chat:
-        """Return the chat of `prompt_file`, or one that asks for the answer in a box between answer tags."""
+        """Return the chat of `prompt_file`, or one that asks for the answer between answer tags.
+
+        It is asked for in a box, unless the reward gives nothing for one.
+        """
         if self.prompts is not None:
             return self.prompts(example)
-        what = r"only the final answer, in \boxed{}"
-        return instruct(self.instruction, what, example[self.column], self.worked[: self.shots])
+        if self.boxes():
+            what, worked = r"only the final answer, in \boxed{}", self.worked
+        else:
+            what = "only the final answer"
+            worked = tuple((asked, UNBOXED.sub(r"\1", told)) for asked, told in self.worked)
+        return instruct(self.instruction, what, example[self.column], worked[: self.shots])
+
+    def boxes(self) -> bool:
+        r"""Return whether answers belong in \boxed{}."""
+        return True
 
     def demonstrations(self) -> Sequence[Example]:
         return self.examples("train")
