@@ -324,3 +324,16 @@ def test_examples_of_saved_lines() -> None:
             task.example_of(record)
     with pytest.raises(InputError, match="ends in no number"):
         task.example_of({"question": "?", "ground_truth": [1, 2]})
+
+
+@pytest.mark.parametrize("reward", ["intended", "released"])
+def test_what_the_prompt_shows_is_what_the_reward_pays_for(reward: str) -> None:
+    task = GSM8K(reward=reward, shots=3)
+    (message,) = task.prompt({"question": "Q", "answer": "#### 1"})
+    shown = message["content"].split("<reasoning>\n")[1:]
+    assert len(shown) == 3
+    for text, answer in zip(shown, ("19", "28", "90"), strict=True):
+        completion = "<reasoning>\n" + text.partition("</answer>")[0] + "</answer>\n"
+        parts = task.reward({"question": "Q", "answer": f"#### {answer}"}, completion)
+        assert (parts["correctness"], parts["integer"]) == (2.0, 0.5)
+    assert ("boxed" in message["content"]) == (reward == "intended")
