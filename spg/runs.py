@@ -28,7 +28,7 @@ from spg.status import LEFT_ALONE, STOPPING, InUseError, at_work, read_status, w
 
 log = logging.getLogger(__name__)
 
-# what a run may go on with in another way: the last three change rounding at most
+# what a run may go on with in another way: the last three change rounding at most, and the dropout's noise
 CHANGEABLE = (
     "trainer.max_updates",
     "trainer.checkpoint_every",
