@@ -129,6 +129,7 @@ def test_updates_are_checked_then_timed(
     assert result["floors"]["plain"]["operations"] > result["floors"]["ours"]["operations"]
 
 
+@pytest.mark.long
 def test_memory_is_that_of_one_pass_in_a_process_of_its_own() -> None:
     command = [sys.executable, "-m", "benchmarks.update", *SMALL, "--tokens", "64", "--alone", "plain"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

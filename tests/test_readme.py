@@ -77,7 +77,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a small GSM8K."""
     folder = tmp_path_factory.mktemp("data")
     for name in ("train", "test"):
-        rows = [{"question": f"{n}+{n}?", "answer": f"#### {2 * n}"} for n in range(4)]
+        rows = [{"question": f"{n}+{n}?", "answer": f"#### {2 * n}"} for n in range(16)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

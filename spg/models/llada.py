@@ -189,25 +189,14 @@ class LLaDA(Network):
         "all": r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)",
     }
 
+    into_residual: ClassVar[str] = r".*\.blocks\.\d+\.(attn_out|ff_out)\.weight"
+
     def __init__(self, config: LLaDAConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
         self.model = Model(config)
         if seed is not None:
             self.initialise(seed)
-
-    @torch.no_grad()
-    def initialise(self, seed: int) -> None:
-        """Draw all weights from `seed`, the same on any device: an adapter may go on with them elsewhere."""
-        generator = torch.Generator().manual_seed(seed)
-        depth = (2 * self.config.n_layers) ** 0.5
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                into_residual = "blocks" in name and ("attn_out" in name or "ff_out" in name)
-                std = parameter.shape[1] ** -0.5 / (depth if into_residual else 1)
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
-            else:
-                nn.init.ones_(parameter)
 
     @property
     def head(self) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,11 +97,12 @@ class Network(nn.Module):
     """Token ids to hidden states to logits, in two steps: the head runs only where it is asked for.
 
     lora_targets: regular expressions of the matrices that an adapter may train, by the names
-    `released` and `all`. checkpointing: keep only what enters each layer for the backward pass, and compute
-    the layer again there.
+    `released` and `all`. into_residual: of the parameters that write into the residual stream.
+    checkpointing: keep only what enters each layer for the backward pass, and compute the layer again there.
     """
 
     lora_targets: ClassVar[Mapping[str, str]]
+    into_residual: ClassVar[str]
     checkpointing: bool = False
 
     def __init__(self) -> None:
@@ -148,9 +150,21 @@ class Network(nn.Module):
             self._rotary[device] = (torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
         return self._rotary[device]
 
-    @abstractmethod
+    @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draw all weights from `seed`, the same on any device."""
+        """Draw all weights from `seed`, the same on any device: an adapter may go on with them elsewhere.
+
+        Matrices are normal with deviation 1 / sqrt(inputs), those that write into the residual stream divided
+        by sqrt(2 * layers); gains are 1.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        depth = (2 * len(self.layers)) ** 0.5
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                nn.init.ones_(parameter)
+                continue
+            std = parameter.shape[1] ** -0.5 / (depth if re.fullmatch(self.into_residual, name) else 1)
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
     @abstractmethod
     def frequencies(self, device: torch.device) -> Tensor:

@@ -131,6 +131,8 @@ class Qwen3Diffusion(Network):
         r".*\.layers\.\d+\.\w+\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
     )
 
+    into_residual: ClassVar[str] = r".*\.(o_proj|down_proj)\.weight"
+
     def __init__(self, config: Qwen3DiffusionConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
@@ -153,19 +155,6 @@ class Qwen3Diffusion(Network):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.tie()
         return self
-
-    @torch.no_grad()
-    def initialise(self, seed: int) -> None:
-        """Draw all weights from `seed`, the same on any device: an adapter may go on with them elsewhere."""
-        generator = torch.Generator().manual_seed(seed)
-        depth = (2 * self.config.num_hidden_layers) ** 0.5
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = parameter.shape[1] ** -0.5 / (depth if into_residual else 1)
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
-            else:
-                nn.init.ones_(parameter)
 
     @property
     def head(self) -> nn.Module:
