@@ -56,8 +56,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Build a tokenizer of 256 bytes and LLaDA's special tokens, with its form of chats; padding is EOS.
 
     The tags of the published completions are one token each, with their line feeds, so that a random model
-    writes them now and then and is rewarded for it.
-    Every text can be written and is read back exactly, but for the names of special tokens in it.
+    writes them now and then and is rewarded for it. Every text can be written and is read back exactly, but
+    for the names of special tokens in it.
     """
     words = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges=[]))
