@@ -56,17 +56,17 @@ def _again(module: Training, part: dict[str, Any], table: Table) -> bool:
     fields = dict(part["experience"])
     experience = Experience(**{**fields, "rollout": Rollout(**fields["rollout"])})
     rollout = experience.rollout
-    samples, logps, loss = None, None, 0.0
+    samples, logps, loss, old = None, None, 0.0, part.get("old")
     if part["samples"] is not None:
         samples = MaskedSamples(**part["samples"])
         with torch.no_grad():
             pieces = module.pieces_of(experience, samples)
             logps = module.all_logps(experience, samples, pieces).masked_fill(~samples.scored, 0.0)
             reference = module.reference_logps(experience, samples, pieces)
-            value, _ = module.objective(logps, samples, experience, None, reference)
+            value, _ = module.objective(logps, samples, experience, None, reference, old)
         loss = float(value)
         log.info("loss %s", loss)
-    bad = set() if samples is None else set(module.culprits(experience, samples))
+    bad = set() if samples is None else set(module.culprits(experience, samples, old))
     for row, text in enumerate(rollout.texts):
         again = sum(module.task.reward(rollout.examples[row], text).values())
         if samples is None and not math.isfinite(again):

@@ -9,6 +9,7 @@ realised ratio of the linear schedule, as the released code takes it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -65,6 +66,10 @@ class MaskingStrategy(ABC):
         tokens = ids.unsqueeze(1).masked_fill(torch.cat([prompt, masked | beyond], dim=-1), mask_id)
         ratio = scored.sum(-1, keepdim=True).clamp_min(1) / region.sum(-1)[:, None, None].clamp_min(1)
         return MaskedSamples(tokens, scored, scored / ratio, region)
+
+    def rounds(self, rollout: Rollout, mask_id: int, seeds: Sequence[int]) -> list[MaskedSamples]:
+        """Return masked samples of `rollout` (B sequences) for each inner update on it, one a seed."""
+        return [self(rollout, mask_id, seed) for seed in seeds]
 
     def _mask_prompt(self, prompt_mask: Tensor, streams: Streams) -> Tensor:
         # numbered from the prompt's end, so that padding on the left changes no draw

@@ -181,13 +181,17 @@ class Training(pl.LightningModule):
         if not math.isfinite(metrics["reward"]):
             raise self._non_finite("reward", experience)
         self.record(metrics, self.updates + 1)
-        for inner in range(min(self.mu, self.max_updates - self.updates)):
-            seed = derive_seed(self.seed, "masks", self.rollouts, inner)
-            samples = self.masking(experience.rollout, self.policy.mask_id, seed)
+        started = time.perf_counter()
+        seeds = [derive_seed(self.seed, "masks", self.rollouts, inner) for inner in range(self.mu)]
+        draws = self.masking.rounds(experience.rollout, self.policy.mask_id, seeds)
+        rounds = [self.cut(experience, samples) for samples in draws[: self.max_updates - self.updates]]
+        old = [self.old_logps(*pair, inner) for inner, pair in enumerate(rounds)]
+        before = (time.perf_counter() - started) / len(rounds)
+        for inner, (seen, samples) in enumerate(rounds):
             torch.manual_seed(derive_seed(self.seed, "dropout", self.rollouts, inner, self.global_rank))
             started = time.perf_counter()
-            metrics = self.update(experience, samples)
-            metrics["time/update"] = time.perf_counter() - started
+            metrics = self.update(seen, samples, old[inner])
+            metrics["time/update"] = before + time.perf_counter() - started
             self.seconds["update"] += metrics["time/update"]
             self.updates += 1
             self.record(metrics, self.updates)
@@ -196,9 +200,33 @@ class Training(pl.LightningModule):
         if self.updates >= self.max_updates:  # Lightning has asked `turns` for the next one already
             self.trainer.should_stop = True
 
-    def update(self, experience: Experience, samples: MaskedSamples) -> dict[str, float]:
+    def cut(self, experience: Experience, samples: MaskedSamples) -> tuple[Experience, MaskedSamples]:
+        """Return both cut to the longest completion that is learned from, if `cut_completions` is set."""
+        if not self.cut_completions:
+            return experience, samples
+        longest = self.longest(experience, samples)
+        return replace(experience, rollout=experience.rollout.until(longest)), samples.until(longest)
+
+    def old_logps(self, experience: Experience, samples: MaskedSamples, inner: int) -> Tensor | None:
+        """Return log-probabilities [B M T] of the policy before the rollout's updates, without dropout.
+
+        None where the objective does not need them, and for the first update, whose policy that is.
+        """
+        if "old" not in self.objective.needs or inner == 0:
+            return None
+        was_training = self.policy.training
+        self.policy.eval()
+        with torch.no_grad():
+            logps = self.all_logps(experience, samples, self.pieces_of(experience, samples))
+        self.policy.train(was_training)
+        return logps
+
+    def update(
+        self, experience: Experience, samples: MaskedSamples, old: Tensor | None = None
+    ) -> dict[str, float]:
         """Take one optimizer step on masked samples of an experience; return its metrics.
 
+        old [B M T]: log-probabilities of the policy that made the rollout, None where it still is that one.
         Raises NonFiniteError, before the step, where the loss or a gradient is no finite number.
         """
         optimizer = self.optimizers()
@@ -208,11 +236,7 @@ class Training(pl.LightningModule):
         # a ratio to what the policy was would measure the dropout's noise
         self.policy.train("old" not in self.objective.needs)
         optimizer.zero_grad()
-        if self.cut_completions:
-            longest = self.longest(experience, samples)
-            experience = replace(experience, rollout=experience.rollout.until(longest))
-            samples = samples.until(longest)
-        loss, figures = self.backward_through(experience, samples)
+        loss, figures = self.backward_through(experience, samples, old)
         # where weights are sliced, gradients are with the slices, which the optimizer alone has by then
         own = self.policy.parameters() if self.sharded is None else _weights(optimizer)
         norm = self._clip([p for p in own if p.requires_grad])
@@ -222,7 +246,7 @@ class Training(pl.LightningModule):
         total, count, *rest = self.gathered(sums.unsqueeze(0)).sum(0).tolist()
         for name, value in (("loss", total), ("gradient", float(norm))):
             if not math.isfinite(value):
-                raise self._non_finite(name, experience, samples)
+                raise self._non_finite(name, experience, samples, old)
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         scheduler.step()
@@ -236,7 +260,7 @@ class Training(pl.LightningModule):
         return max(1, int(self.gathered(reach.view(1)).max()))
 
     def backward_through(
-        self, experience: Experience, samples: MaskedSamples
+        self, experience: Experience, samples: MaskedSamples, old: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the loss's gradient to the weights', in micro-batches that do not change it.
 
@@ -255,7 +279,7 @@ class Training(pl.LightningModule):
             token_logps = torch.zeros(samples.scored.shape, device=samples.scored.device)
             for piece in pieces:
                 token_logps = token_logps.index_put(piece, self._token_logps(experience, samples, piece))
-            loss, figures = self.objective(token_logps, samples, experience, cohort, reference)
+            loss, figures = self.objective(token_logps, samples, experience, cohort, reference, old)
             self._backward(iter([loss] if pieces else []), len(pieces), experience, samples)
             return loss.detach(), figures
 
@@ -263,7 +287,7 @@ class Training(pl.LightningModule):
         with torch.no_grad():
             frozen = self.all_logps(experience, samples, pieces, states)
         frozen.requires_grad_()
-        loss, figures = self.objective(frozen, samples, experience, cohort, reference)
+        loss, figures = self.objective(frozen, samples, experience, cohort, reference, old)
         (gradient,) = torch.autograd.grad(loss, frozen)
         after = _random_state(frozen.device)
 
@@ -331,9 +355,8 @@ class Training(pl.LightningModule):
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
     def _cohort(self, experience: Experience, samples: MaskedSamples) -> Cohort:
-        group, lengths = self.gathered(torch.stack([experience.rollout.group, samples.lengths], 1)).unbind(1)
-        start = self.global_rank * len(experience.rewards)
-        return Cohort(group, lengths, slice(start, start + len(experience.rewards)))
+        first = self.global_rank * len(experience.rewards)
+        return Cohort.of(experience, samples, self.gathered, first)
 
     def all_logps(
         self,
@@ -400,10 +423,14 @@ class Training(pl.LightningModule):
         }
 
     def _non_finite(
-        self, what: str, experience: Experience, samples: MaskedSamples | None = None
+        self,
+        what: str,
+        experience: Experience,
+        samples: MaskedSamples | None = None,
+        old: Tensor | None = None,
     ) -> NonFiniteError:
         """Return the error that names update and examples; every process must call it."""
-        culprits = self.culprits(experience, samples)
+        culprits = self.culprits(experience, samples, old)
         rollout = experience.rollout
         own = [(dict(rollout.examples[i]), rollout.texts[i], float(experience.rewards[i])) for i in culprits]
         named = self.joined(own)
@@ -414,7 +441,13 @@ class Training(pl.LightningModule):
             "rollout": self.rollouts,
             "weights": {name.removeprefix("policy."): tensor for name, tensor in state.items()},
             "parts": self.joined(
-                [{"experience": asdict(experience), "samples": None if samples is None else asdict(samples)}]
+                [
+                    {
+                        "experience": asdict(experience),
+                        "samples": None if samples is None else asdict(samples),
+                        "old": old,
+                    }
+                ]
             ),
             "culprits": named,
         }
@@ -427,8 +460,10 @@ class Training(pl.LightningModule):
             f"the {what} of update {self.updates + 1} is not a finite number; {found}", record
         )
 
-    def culprits(self, experience: Experience, samples: MaskedSamples | None) -> list[int]:
-        """Return the rows whose reward, log-probabilities or gradient are not finite."""
+    def culprits(
+        self, experience: Experience, samples: MaskedSamples | None, old: Tensor | None = None
+    ) -> list[int]:
+        """Return the rows whose reward, log-probabilities or gradient are not finite; old [B M T]."""
         bad = ~experience.rewards.isfinite()
         if samples is None or bool(bad.any()):
             return bad.nonzero().flatten().tolist()
@@ -448,7 +483,8 @@ class Training(pl.LightningModule):
             for piece in pieces:
                 logps = logps.index_put(piece, self._token_logps(one, masked, piece))
             if logps.requires_grad:
-                loss, _ = self.objective(logps, masked, one, None, reference)
+                before = None if old is None else old[index]
+                loss, _ = self.objective(logps, masked, one, None, reference, before)
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)
                 if not all(bool(g.isfinite().all()) for g in (loss, *gradients) if g is not None):
                     found.append(row)

@@ -7,7 +7,7 @@ position of every completion.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -100,8 +100,34 @@ class Cohort:
     """All N sequences of an update, over all processes: what normalisers count."""
 
     group: Tensor  # [N] number of the prompt that a sequence belongs to
+    advantages: Tensor  # [N]
     lengths: Tensor  # [N] positions that may be scored
+    scored: Tensor  # [N] positions that are scored, over all draws
+    draws: Tensor  # [N] draws that score a position
     own: slice  # the B of them that this process computes
+
+    @classmethod
+    def of(
+        cls,
+        experience: Experience,
+        samples: MaskedSamples,
+        gathered: Callable[[Tensor], Tensor] = lambda rows: rows,
+        first: int = 0,
+    ) -> Cohort:
+        """Return the cohort of B sequences, this process's, which stand from row `first` on among all.
+
+        gathered: joins rows [B ...] of all processes, in order.
+        """
+        counts = [
+            experience.rollout.group,
+            samples.lengths,
+            samples.scored.sum((1, 2)),
+            samples.scored.any(-1).sum(-1),
+        ]
+        group, lengths, scored, draws = gathered(torch.stack(counts, 1)).unbind(1)
+        advantages = gathered(experience.advantages)
+        own = slice(first, first + len(experience.advantages))
+        return cls(group, advantages, lengths, scored, draws, own)
 
 
 @dataclass(frozen=True)

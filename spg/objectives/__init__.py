@@ -13,8 +13,9 @@ class Objective(Protocol):
     """What the update minimises.
 
     `needs` names what must be computed beside the policy's log-probabilities: `reference`, those of
-    the model before training. `learns_from` says which sequences [B] need log-probabilities at all;
-    the others get zeros for theirs but still count in every normaliser.
+    the model before training; `old`, those of the policy that made the rollout. `learns_from` says which
+    sequences [B] need log-probabilities at all; the others get zeros for theirs but still count in every
+    normaliser.
     """
 
     needs: frozenset[str]
@@ -30,11 +31,13 @@ class Objective(Protocol):
         experience: Experience,
         cohort: Cohort | None = None,
         reference: Tensor | None = None,
+        old: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return (loss [], figures {name: [B]}) from log-probabilities [B M T] of the samples.
 
         With a cohort of several processes the loss is this process's share, so that the shares' sum
         is the loss of all. Figures hold for the sequences that are learned from. reference [B M T]:
-        the reference model's log-probabilities, where `needs` names them.
+        the reference model's log-probabilities, where `needs` names them. old [B M T]: those of the
+        policy that made the rollout, under the same masks; None where it still is that policy.
         """
         ...

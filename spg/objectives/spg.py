@@ -56,13 +56,14 @@ class SPG:
         experience: Experience,
         cohort: Cohort | None = None,
         reference: Tensor | None = None,
+        old: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return (this process's share of the loss [], figures {name: [B]}) of samples' [B M T].
 
         reference [B M T]: needed with kl_coef > 0; ValueError where it is missing then.
         """
         if cohort is None:
-            cohort = Cohort(experience.rollout.group, samples.lengths, slice(None))
+            cohort = Cohort.of(experience, samples)
         bounds = self.sandwich(token_logps, samples)
         lower, upper = bounds.lower.sum(-1), bounds.upper.sum(-1)
         chosen = torch.where(experience.advantages > 0, lower, upper)
