@@ -20,6 +20,13 @@ class Advantage(Protocol):
         ...
 
 
+class Raw:
+    """The rewards themselves: REINFORCE without a baseline."""
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        return rewards
+
+
 class GroupMean:
     """Reward minus the group's mean, not divided by its spread (paper, Algorithm 1)."""
 

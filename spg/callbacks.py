@@ -25,6 +25,9 @@ from spg.weights import read_checkpoint
 
 log = logging.getLogger(__name__)
 
+# masked copies of a completion in one of SPG's updates (num_mc in its published settings)
+SPG_COPIES = 2
+
 
 class Interruption(pl.Callback):
     """Notes Ctrl-C and SIGTERM: the run ends after the current rollout, with its state saved by Checkpoints.
@@ -344,6 +347,18 @@ class ProgressBar(pl.Callback):
         self.progress.update(self.bar, completed=module.updates, figures=figures)
         if module.rollouts == 1:
             log.info("first rollout: %s", figures)
+            copies = latest["masked_copies"]
+            if copies > SPG_COPIES:
+                seconds = module.seconds["update"] / module.updates
+                log.info(
+                    "an update takes %.2f s: it computes %.1f masked copies of a completion; SPG's %d would "
+                    "take about %.2f s (%.1f times less)",
+                    seconds,
+                    copies,
+                    SPG_COPIES,
+                    seconds * SPG_COPIES / copies,
+                    copies / SPG_COPIES,
+                )
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take the bar away."""

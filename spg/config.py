@@ -42,7 +42,7 @@ CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "
 KNOBS = ("beta", "omega", "block_size", "num_mc", "gen_length")
 
 # groups of which none may be chosen
-OPTIONAL = ("experiment", "model/lora", "tuned", "tuned/task")
+OPTIONAL = ("experiment", "model/lora", "tuned", "tuned/task", "tuned/method", "preferences")
 
 OmegaConf.register_new_resolver("ceil_div", lambda a, b: -(-int(a) // int(b)), replace=True)
 
@@ -336,11 +336,14 @@ def check(cfg: DictConfig) -> None:
         check_task(cfg)
     if "model" in cfg and cfg.get("run") is None:  # else the run's model decides
         check_model(cfg)
-    if "samples" in cfg and cfg.run is None:  # else the run's way of decoding decides
+    if cfg.get("preferences") is not None:
+        check_preferences(cfg)
+    if "samples" in cfg and cfg.get("run") is None:  # else the run's way of decoding decides
         check_samples(cfg)
     if "algorithm" in cfg:
         try:
-            check_length_counted_once(cfg.algorithm.normalization, cfg.algorithm.objective.length_weighting)
+            weighted = cfg.algorithm.objective.get("length_weighting", False)
+            check_length_counted_once(cfg.algorithm.normalization, weighted)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
@@ -403,12 +406,35 @@ def check_model(cfg: DictConfig) -> None:
             )
 
 
+def check_preferences(cfg: DictConfig) -> None:
+    """Raise ConfigError where recorded pairs can't be learned from in the way that was chosen."""
+    path = cfg.preferences.path
+    if cfg.group_size != 2:
+        raise ConfigError(
+            f"group_size={cfg.group_size}, but preferences=pairs has two completions of each prompt; give "
+            "group_size=2, which algorithm=vrpo does"
+        )
+    if not Path(path).is_file():
+        raise ConfigError(
+            f"preferences.path={path} is no file; give one with a pair a line, as `python -m spg.pairs` makes"
+        )
+    if cfg.masking.get("_target_") == "spg.masking.Trajectory":
+        raise ConfigError(
+            "masking=trajectory follows the steps in which a completion was decoded, and recorded ones have "
+            "none; give masking=random, or leave out preferences=pairs"
+        )
+
+
 def settle(cfg: DictConfig) -> DictConfig:
     """Return `cfg` with the sizes that the config.json of a local folder of published weights gives.
 
-    The folder becomes an absolute path, so that a run goes on from another directory, too. Raises ConfigError
-    where the folder is of another kind of model; what is not local is looked at when it is loaded.
+    The folder and a file of preference pairs become absolute paths, so that a run goes on from another
+    directory, too. Raises ConfigError where the folder is of another kind of model; what is not local is
+    looked at when it is loaded.
     """
+    if cfg.get("preferences") is not None:
+        cfg = cfg.copy()
+        cfg.preferences.path = str(Path(cfg.preferences.path).absolute())
     path = None if "model" not in cfg else cfg.model.get("path")
     if path is None or not Path(path).is_dir():
         return cfg
@@ -481,11 +507,23 @@ def task_of_run(argv: list[str]) -> str | None:
 
 
 def unread_knobs(cfg: DictConfig) -> list[str]:
-    """Return the root keys that no selected part of the configuration refers to."""
+    """Return the root keys that no selected part of the configuration refers to.
+
+    An estimator is a part where the objective refers to it: not every method has one.
+    """
     raw = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(raw, dict)
-    parts = str({key: value for key, value in raw.items() if key not in KNOBS})
+    unread = unread_estimators(cfg)
+    parts = str({key: value for key, value in raw.items() if key not in (*KNOBS, *unread)})
     return [knob for knob in KNOBS if knob in raw and f"${{{knob}}}" not in parts]
+
+
+def unread_estimators(cfg: DictConfig) -> list[str]:
+    """Return `estimator` and `positive`, each where the objective does not refer to it."""
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(raw, dict)
+    objective = str(raw.get("algorithm", {}))
+    return [name for name in ("estimator", "positive") if name in raw and f"${{{name}}}" not in objective]
 
 
 def notes(cfg: DictConfig, overrides: list[str]) -> list[str]:
@@ -498,6 +536,10 @@ def notes(cfg: DictConfig, overrides: list[str]) -> list[str]:
     asked = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
     for knob in (k for k in unread if k in asked):
         lines.append(f"Warning: {knob}={cfg[knob]} is read by no selected part and changes nothing.")
+    for name in unread_estimators(cfg):
+        group = "estimator" if name == "estimator" else "estimator@positive"
+        for line in (o for o in overrides if o.lstrip("+").partition("=")[0] == group):
+            lines.append(f"Warning: {line} is read by no selected part and changes nothing.")
     if "beta" in cfg and "beta" not in unread and cfg.beta < 1:
         lines.append(f"Note: with beta={cfg.beta}, below 1, the EUBO is no upper bound.")
     return lines

@@ -34,13 +34,6 @@ def through_first(hits: Tensor) -> Tensor:
     return hits.cumsum(-1) - hits.long() == 0
 
 
-def seen_at(rollout: Rollout, step: Tensor, mask_id: int) -> Tensor:
-    """Return the sequences as the policy saw them in decoding step `step` [B] of each, [B L]."""
-    later = ~rollout.given & ((rollout.commit_step < 0) | (rollout.commit_step >= step.unsqueeze(-1)))
-    completion = rollout.completion_ids.masked_fill(later, mask_id)
-    return torch.cat([rollout.prompt_ids, completion], dim=-1)
-
-
 @torch.no_grad()
 def logp_difference(policy: Policy, rollout: Rollout, seed: int) -> Tensor:
     """Return by how much a cache changed log-probabilities of committed tokens, [B], in nats a token.
@@ -53,7 +46,8 @@ def logp_difference(policy: Policy, rollout: Rollout, seed: int) -> Tensor:
     step = rollout.commit_step.gather(1, keys.argmax(-1, keepdim=True)).squeeze(-1)
     scored = committed & (rollout.commit_step == step.unsqueeze(-1))
     mask = None if bool(rollout.prompt_mask.all()) else rollout.attention_mask
-    exact = policy.token_logps(seen_at(rollout, step, policy.mask_id), mask, rollout.completion_ids, scored)
+    seen = rollout.seen_at(step.unsqueeze(1), policy.mask_id).squeeze(1)
+    exact = policy.token_logps(seen, mask, rollout.completion_ids, scored)
     apart = (exact - rollout.commit_logps).abs().masked_fill(~scored, 0.0)
     return apart.sum(-1) / scored.sum(-1).clamp_min(1)
 

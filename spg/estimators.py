@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from spg.limits import check_limits
+from spg.limits import check_limits, check_omega_has_data
 from spg.types import Bounds, MaskedSamples
 
 
@@ -27,6 +28,7 @@ class LikelihoodEstimator(ABC):
     """Estimates a sequence's log-likelihood from M masked copies of it."""
 
     constant = False  # True: needs no log-probabilities, so the sequences need no forward pass
+    adaptive: AdaptiveOmega | None = None  # what `omega=auto` has learned so far
 
     def __init__(self, normalization: str = "per_token") -> None:
         check_limits(normalization=normalization)
@@ -72,18 +74,160 @@ class EUBO(LikelihoodEstimator):
 
 
 class Mixture(LikelihoodEstimator):
-    """omega * EUBO + (1 - omega) * ELBO (Eq. 8)."""
+    """omega * EUBO + (1 - omega) * ELBO (Eq. 8).
 
-    def __init__(self, beta: float, omega: float, normalization: str = "per_token") -> None:
+    omega: a number, or `auto` for the one of least variance in earlier updates (`AdaptiveOmega`), whose
+    variances are smoothed with `smoothing`. num_mc, mu: draws and inner updates of the run, where known.
+    Raises ValueError where they leave `auto` nothing to learn from.
+    """
+
+    def __init__(
+        self,
+        beta: float,
+        omega: float | str,
+        normalization: str = "per_token",
+        smoothing: float = 0.95,
+        num_mc: int | None = None,
+        mu: int | None = None,
+    ) -> None:
         super().__init__(normalization)
-        check_limits(omega=omega)
-        self.omega = omega
+        check_limits(omega=omega, smoothing=smoothing)
+        check_omega_has_data(omega, num_mc, mu)
         self.upper = EUBO(beta, normalization)
         self.lower = ELBO(normalization)
+        self.fixed = omega
+        if isinstance(omega, str):
+            self.adaptive = AdaptiveOmega(self.lower, self.upper, smoothing)
+
+    @property
+    def omega(self) -> float:
+        """The share of the EUBO, now."""
+        if self.adaptive is not None:
+            return self.adaptive.value
+        assert not isinstance(self.fixed, str)
+        return self.fixed
 
     def __call__(self, token_logps: Tensor, samples: MaskedSamples) -> Tensor:
         upper, lower = self.upper(token_logps, samples), self.lower(token_logps, samples)
         return self.omega * upper + (1 - self.omega) * lower
+
+
+class AdaptiveOmega:
+    """The omega of least variance over masks of the mixture's gradient, learned from earlier updates.
+
+    With l and u the gradients of ELBO and EUBO, the mixture's is l + omega (u - l), and its variance least
+    at omega = - Cov(l, u - l) / Var(u - l), variances summed over coordinates (Proposition 1).
+
+    Proposition 1 takes E[w pi^beta] in rho as known. An update estimates it from its own M draws; that makes
+    u less noisy and the best omega larger, and for few draws a comparison of them with each other shows none
+    of it. So sets of draws are compared: inner updates mask the same completions afresh, and half the square
+    of the difference of two successive gradients estimates the variance of what an update uses, without bias
+    but for the step of the weights between them (and for masks that a strategy spreads over the inner
+    updates). A token's gradient is stood in for by its size at the token's own logit, as if scores pointed
+    the same way in all draws and no two tokens' the same; each sequence has its weight in the loss.
+
+    The omega of an update comes from updates before it alone: it is independent of the update's masks.
+    """
+
+    START = 0.5  # as the paper fixes it; until there is data
+
+    def __init__(self, lower: LikelihoodEstimator, upper: LikelihoodEstimator, smoothing: float) -> None:
+        check_limits(smoothing=smoothing)
+        self.lower = lower
+        self.upper = upper
+        self.smoothing = smoothing
+        # exponential means of Var(l), Cov(l, u), Var(u); their ratios need no correction for the start at 0
+        self.moments = (0.0, 0.0, 0.0)
+        # the last set of draws: advantages [B], by which updates on one rollout are known, and slopes [B 2 T]
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def value(self) -> float:
+        """The omega of the next update."""
+        best = optimum(*self.moments)
+        return self.START if best is None else min(max(best, 0.0), 1.0)
+
+    def slopes(self, token_logps: Tensor, samples: MaskedSamples) -> Tensor:
+        """Return the size of each token's gradient in ELBO and EUBO, [B 2 T], from log-probs [B M T].
+
+        The derivative by each draw's log-probability, times that of the log-probability by the token's own
+        logit, 1 - p; summed over the draws.
+        """
+        logps = token_logps.detach().masked_fill(~samples.scored, 0.0)
+        with torch.enable_grad():
+            leaf = logps.clone().requires_grad_()
+            bounds = [bound(leaf, samples).sum() for bound in (self.lower, self.upper)]
+            gradients = torch.stack([torch.autograd.grad(bound, leaf)[0] for bound in bounds], 1)
+        return (gradients * -torch.expm1(logps).unsqueeze(1)).sum(2)
+
+    def figures(
+        self, token_logps: Tensor, samples: MaskedSamples, advantages: Tensor, weight: Tensor
+    ) -> dict[str, Tensor]:
+        """Return what a new set of draws tells, {name: [B]}; nothing where it is a rollout's first.
+
+        token_logps [B M T]. advantages [B]: the one tensor that all updates on a rollout share. weight [B]:
+        of each sequence's mixture in the loss, 0 where it has none.
+        """
+        last, self._last = self._last, (advantages, self.slopes(token_logps, samples))
+        if last is None or last[0] is not advantages:
+            return {}
+        lower, upper = (self._last[1] - last[1]).double().unbind(1)
+        scale = weight.double().square() / 2
+        var_lower, cross, var_upper, var_gap = (
+            scale * product.sum(-1)
+            for product in (lower * lower, lower * upper, upper * upper, (upper - lower).square())
+        )
+        known = var_gap > 0
+        best = ((var_lower - cross) / var_gap.where(known, torch.ones_like(var_gap))).clamp(0, 1) * known
+        figures = {"lower": var_lower, "cross": cross, "upper": var_upper, "known": known.double()}
+        return figures | {"best": best, "best_squared": best.square()}
+
+    def adapt(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Take in the means of `figures` over an update's sequences; return what to log of that update.
+
+        `""`: the omega that it used, and nothing else where nothing is known; `/optimum`: of its draws and
+        those before, not clipped; `/variance_lower`, `/variance_used`, `/variance_upper`: the estimated
+        variance with omega 0, as used and 1, a sequence that is learned from; `/spread`: standard deviation
+        over sequences of the optimum of each alone, clipped to 0 to 1, mostly the noise of one comparison.
+        """
+        used = self.value
+        if not means.get("known"):
+            return {"": used}
+        new = (means["lower"], means["cross"], means["upper"])
+        kept = self.smoothing
+        lower, cross, upper = (kept * a + (1 - kept) * b for a, b in zip(self.moments, new, strict=True))
+        self.moments = (lower, cross, upper)
+        mean, square = means["best"] / means["known"], means["best_squared"] / means["known"]
+        best = optimum(*new)
+        return {
+            "": used,
+            **({} if best is None else {"/optimum": best}),
+            "/spread": math.sqrt(max(square - mean**2, 0.0)),
+            "/variance_lower": variance(0.0, *new),
+            "/variance_used": variance(used, *new),
+            "/variance_upper": variance(1.0, *new),
+        }
+
+    def state(self) -> list[float]:
+        """Return what a checkpoint must hold: it stands between rollouts, where draws are not compared."""
+        return list(self.moments)
+
+    def restore(self, state: Sequence[float] | None) -> None:
+        """Take `state` back; None begins anew."""
+        lower, cross, upper = state or (0.0, 0.0, 0.0)
+        self.moments = (lower, cross, upper)
+        self._last = None
+
+
+def variance(omega: float, lower: float, cross: float, upper: float) -> float:
+    """Return the variance of (1 - omega) l + omega u from Var(l), Cov(l, u) and Var(u)."""
+    return (1 - omega) ** 2 * lower + 2 * omega * (1 - omega) * cross + omega**2 * upper
+
+
+def optimum(lower: float, cross: float, upper: float) -> float | None:
+    """Return the omega of least `variance`, - Cov(l, u - l) / Var(u - l); None where u - l does not vary."""
+    gap = lower - 2 * cross + upper
+    return (lower - cross) / gap if gap > 0 else None
 
 
 class Loose(LikelihoodEstimator):

@@ -226,6 +226,13 @@ def job_name(overrides: list[str]) -> str:
     return "_".join(parts) or "job"
 
 
+def method() -> str:
+    """Return what a run is named after: its estimator where the algorithm is SPG, else the algorithm."""
+    choices = HydraConfig.get().runtime.choices
+    return str(choices["estimator"] if choices["algorithm"] == "spg" else choices["algorithm"])
+
+
+OmegaConf.register_new_resolver("method", method, replace=True)
 OmegaConf.register_new_resolver(
     "job_name", lambda: job_name(list(HydraConfig.get().overrides.task)), replace=True
 )

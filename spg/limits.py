@@ -63,7 +63,7 @@ def _is_pair_of_decays(value: Any) -> bool:
 LIMITS: dict[str, Limit] = {
     # the paper's symbols
     "beta": POSITIVE,
-    "omega": PROBABILITY,
+    "omega": Limit(lambda v: v == "auto" or PROBABILITY.allows(v), f"{PROBABILITY.words}, or auto"),
     "block_size": COUNT,
     "num_mc": COUNT,
     "mu": COUNT,
@@ -74,11 +74,23 @@ LIMITS: dict[str, Limit] = {
     "block_choice": _one_of("released", "uniform"),
     "scored_positions": _one_of("masked", "block"),
     "region": _one_of("to_eos", "all"),
+    "draws": _one_of("independent", "antithetic", "stratified", "complementary"),
     # estimators and objective
     "normalization": _one_of("per_token", "elbo_weight"),
+    "smoothing": Limit(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
     "loss_norm": _one_of("group", "batch"),
     "length_weighting": FLAG,
     "kl_coef": NOT_NEGATIVE,
+    "kl_estimator": _one_of("k1", "k2", "k3"),
+    "kl_to": _one_of("reference", "old"),
+    "kl_average": _one_of("same", "sum"),
+    "epsilon": Limit(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
+    "epsilon_high": _or_null(NOT_NEGATIVE),
+    "ratio": _one_of("token", "step"),
+    "average": _one_of("tokens", "draws", "sum"),
+    "positive_only": FLAG,
+    "dpo_beta": POSITIVE,
+    "sft_coef": NOT_NEGATIVE,
     # decoding
     "gen_length": COUNT,
     "steps": COUNT,
@@ -119,6 +131,7 @@ LIMITS: dict[str, Limit] = {
     "samples_every": COUNT_OR_ZERO,
     "split": _one_of("auto", "validation", "test", "heldout"),
     "samples": COUNT,
+    "prompts": COUNT,
     "select": _one_of("validation", "test_average"),
     # export
     "merge": FLAG,
@@ -188,4 +201,32 @@ def check_length_counted_once(normalization: str, length_weighting: bool) -> Non
         raise ValueError(
             "normalization=elbo_weight with length_weighting=true would count a sequence's length "
             "twice; set algorithm.objective.length_weighting=false, or keep normalization=per_token"
+        )
+
+
+def check_pairs(num_mc: int, kind: str) -> None:
+    """Raise ValueError where `num_mc` draws can't be `kind` pairs."""
+    if num_mc % 2:
+        raise ValueError(
+            f"num_mc={num_mc} is odd: {kind} pairs need an even num_mc; set num_mc={num_mc + 1}, say"
+        )
+
+
+def check_omega_has_data(omega: float | str, num_mc: int | None, mu: int | None) -> None:
+    """Raise ValueError where omega=auto would never see what it is estimated from; None: not known.
+
+    It compares the masks of successive inner updates on one rollout. With one draw the EUBO per token is the
+    ELBO, so that no omega is better than another.
+    """
+    if omega != "auto":
+        return
+    if num_mc == 1:
+        raise ValueError(
+            "omega=auto with num_mc=1: one draw can't tell ELBO and EUBO apart; set num_mc=2 or more, or "
+            "omega to a number from 0 to 1"
+        )
+    if mu == 1:
+        raise ValueError(
+            "omega=auto with mu=1: masks are compared between the inner updates on a rollout; set mu=2 or "
+            "more, or omega to a number from 0 to 1"
         )

@@ -33,7 +33,7 @@ from spg.decoding import Decoder
 from spg.errors import RunError
 from spg.limits import check_limits
 from spg.masking import MaskingStrategy
-from spg.objectives import Objective
+from spg.objectives import Adaptive, Objective
 from spg.policy import Policy
 from spg.seeding import derive_seed
 from spg.sharding import Sharded
@@ -241,9 +241,10 @@ class Training(pl.LightningModule):
         own = self.policy.parameters() if self.sharded is None else _weights(optimizer)
         norm = self._clip([p for p in own if p.requires_grad])
         learned = self.objective.learns_from(experience)
-        # over all processes: the shares of the loss, how many sequences are learned from, their figures
-        sums = torch.stack([loss, learned.sum(), *((f * learned).sum() for f in figures.values())])
-        total, count, *rest = self.gathered(sums.unsqueeze(0)).sum(0).tolist()
+        computed = (learned.unsqueeze(-1) & samples.scored.any(-1)).sum()
+        # over all processes: the shares of the loss, sequences learned from, their masked copies, figures
+        sums = torch.stack([loss, learned.sum(), computed, *((f * learned).sum() for f in figures.values())])
+        total, count, copies, *rest = self.gathered(sums.unsqueeze(0)).sum(0).tolist()
         for name, value in (("loss", total), ("gradient", float(norm))):
             if not math.isfinite(value):
                 raise self._non_finite(name, experience, samples, old)
@@ -251,7 +252,10 @@ class Training(pl.LightningModule):
         optimizer.step()
         scheduler.step()
         means = {name: value / max(count, 1) for name, value in zip(figures, rest, strict=True)}
-        return {"loss": total, **means, "grad_norm": float(norm), "lr": lr}
+        if isinstance(self.objective, Adaptive):
+            means = self.objective.adapt(means)
+        copies /= max(count, 1)
+        return {"loss": total, **means, "masked_copies": copies, "grad_norm": float(norm), "lr": lr}
 
     def longest(self, experience: Experience, samples: MaskedSamples) -> int:
         """Return how far the longest completion reaches that any process learns from, 1 or more."""
@@ -474,19 +478,24 @@ class Training(pl.LightningModule):
             return bad.nonzero().flatten().tolist()
         weights = [p for p in self.policy.parameters() if p.requires_grad]
         found = []
+        group = experience.rollout.group
         for row in range(len(bad)):
-            index = torch.tensor([row], device=bad.device)
-            one, masked = experience.select(index), samples.select(index)
+            members = (group == group[row]).nonzero().flatten()  # an objective may compare them
+            one, masked = experience.select(members), samples.select(members)
             pieces = self.pieces_of(one, masked)
             reference = self.reference_logps(one, masked, pieces)
-            logps = torch.zeros(masked.scored.shape, device=bad.device)
-            for piece in pieces:
-                logps = logps.index_put(piece, self._token_logps(one, masked, piece))
+            with torch.no_grad():
+                logps = self.all_logps(one, masked, pieces)
+            for rows, draws in pieces:
+                own = members[rows] == row
+                if bool(own.any()):
+                    piece = rows[own], draws[own]
+                    logps = logps.index_put(piece, self._token_logps(one, masked, piece))
             if logps.requires_grad:
-                before = None if old is None else old[index]
+                before = None if old is None else old[members]
                 loss, _ = self.objective(logps, masked, one, None, reference, before)
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-                if not all(bool(g.isfinite().all()) for g in (loss, *gradients) if g is not None):
+                if not all(bool(g.isfinite().all()) for g in gradients if g is not None):
                     found.append(row)
         return found
 
@@ -583,6 +592,8 @@ class Training(pl.LightningModule):
             "elapsed": self.elapsed(),
             "identity": self.identity,
         }
+        if isinstance(self.objective, Adaptive):
+            checkpoint["spg"]["objective"] = self.objective.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take counters back; raises RunError where the checkpoint is not one of this run."""
@@ -606,6 +617,8 @@ class Training(pl.LightningModule):
         self.rollouts, self.updates = own["rollouts"], own["updates"]
         self.latest, self.seconds = dict(own["latest"]), dict(own["seconds"])
         self.earlier = own["elapsed"]
+        if isinstance(self.objective, Adaptive):
+            self.objective.restore(own.get("objective", {}))  # none in checkpoints of version 0.3
 
     def _check_fit(self, tensors: Mapping[str, Tensor]) -> None:
         expected = {name: tuple(t.shape) for name, t in self.trained().items()}

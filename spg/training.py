@@ -31,11 +31,13 @@ from spg.callbacks import (
 from spg.config import build
 from spg.console import console, take_over_logging
 from spg.data import PromptStream
+from spg.decoding import Decoder
 from spg.errors import InputError, Interrupted, RunError
 from spg.loggers import MetricsCSV, wandb_logger
 from spg.memory import keep_freed_memory
 from spg.module import NonFiniteError, Optimization, Training
 from spg.plots import curve
+from spg.preferences import Preferences, Recorded
 from spg.pretraining import base_weights, build_policy, check_device, check_reads
 from spg.ranks import Ranks, end_with_parent, rank
 from spg.runs import git_commit, identity, versions, write_config
@@ -65,10 +67,13 @@ class Turns:
 def load_task(cfg: DictConfig) -> Task:
     """Build the task with its examples; raises InputError where some are missing or can't be read."""
     task: Task = build(cfg.task)
+    if cfg.get("preferences") is not None:  # runs of version 0.3 have no such key
+        task = build(cfg.preferences, task=task)
     for split in ("train", "validation", "test"):
         if not task.examples(split):
             raise InputError(f"{task.name} has no examples of split {split}; give more held-out rows")
-    check_reads(cfg, task, task.examples("train")[0])
+    # pairs have prompts of their own, which are tried when the tokenizer is there
+    check_reads(cfg, task, task.examples("train" if not isinstance(task, Preferences) else "validation")[0])
     return task
 
 
@@ -76,10 +81,15 @@ def build_module(cfg: DictConfig, task: Task | None = None) -> Training:
     """Build the module that a configuration describes, with its weights; `task` is what load_task made."""
     task = task or load_task(cfg)
     rollouts = -(-cfg.trainer.max_updates // cfg.mu)
+    policy = build_policy(cfg)
+    sampler: Decoder = build(cfg.decoding)
+    if isinstance(task, Preferences):
+        sampler = Recorded(sampler.gen_length)
+        task.check(policy, sampler)
     return Training(
-        policy=build_policy(cfg),
+        policy=policy,
         task=task,
-        sampler=build(cfg.decoding),
+        sampler=sampler,
         evaluator=build(cfg.decoding, temperature=0.0),
         advantage=build(cfg.advantage),
         masking=build(cfg.masking),

@@ -79,6 +79,14 @@ class Rollout(_Rows):
         """Number of holes up to and including the first EOS [B]."""
         return self.holes.sum(-1)
 
+    def seen_at(self, step: Tensor, mask_id: int) -> Tensor:
+        """Return the sequences as the policy saw them in decoding steps `step` [B M] of each, [B M L]."""
+        commit = self.commit_step.unsqueeze(1)
+        hidden = ~self.given.unsqueeze(1) & ((commit < 0) | (commit >= step.unsqueeze(-1)))
+        completion = self.completion_ids.unsqueeze(1).masked_fill(hidden, mask_id)
+        prompt = self.prompt_ids.unsqueeze(1).expand(-1, step.shape[1], -1)
+        return torch.cat([prompt, completion], dim=-1)
+
     def until(self, length: int) -> Self:
         """Return the rollout with completions cut to their first `length` positions."""
         names = ("completion_ids", "completion_mask", "given", "commit_step", "commit_logps")

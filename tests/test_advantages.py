@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spg.advantages import Advantage, GroupMean, LeaveOneOut, Normalized, Shifted
+from spg.advantages import Advantage, GroupMean, LeaveOneOut, Normalized, Raw, Shifted
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.5, 0.5], [0.2, 0.2, 0.2, 0.2], [3.0, 1.0, 2.0, 6.0]])
 
@@ -46,7 +46,17 @@ def test_shifted_by_the_minimum_of_the_batch() -> None:
     assert torch.allclose(Shifted(LeaveOneOut())(REWARDS), advantages * 4 / 3)
 
 
-@pytest.mark.parametrize("advantage", [GroupMean(), LeaveOneOut(), Normalized()])
+def test_raw_rewards_and_what_is_shifted() -> None:
+    """The minimum is the batch's, also of rewards themselves and of normalized advantages."""
+    assert torch.equal(Raw()(REWARDS), REWARDS)
+    assert torch.allclose(Shifted(Raw())(REWARDS - 1), REWARDS)
+    base = Normalized()(REWARDS)
+    shifted = Shifted(Normalized())(REWARDS)
+    assert torch.allclose(shifted, base + base.min().abs())
+    assert float(shifted[1].min()) > 0, "a group of equal rewards is raised like any"
+
+
+@pytest.mark.parametrize("advantage", [GroupMean(), LeaveOneOut(), Normalized(), Raw()])
 def test_groups_know_nothing_of_each_other(advantage: Advantage) -> None:
     alone = torch.cat([advantage(row.unsqueeze(0)) for row in REWARDS])
     assert torch.allclose(alone, advantage(REWARDS))

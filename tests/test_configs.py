@@ -27,7 +27,8 @@ EVERY += [f"estimator@positive={option}" for option in OPTIONS["estimator"]]
 @pytest.mark.parametrize("override", EVERY)
 def test_every_option_composes_and_builds(override: str) -> None:
     task = [f"task={override.rpartition('_')[2]}"] if override.startswith("tuned/task=") else []
-    cfg = config.compose("config", [override, *task])
+    pairs = ["group_size=2", f"preferences.path={__file__}"] if override == "preferences=pairs" else []
+    cfg = config.compose("config", [override, *task, *pairs])
     for node in (cfg.task, cfg.masking, cfg.advantage, cfg.decoding, cfg.algorithm.objective):
         assert config.build(node) is not None
     with torch.device("meta"):
@@ -37,7 +38,7 @@ def test_every_option_composes_and_builds(override: str) -> None:
         assert len(config.build(cfg.model.tokenizer)) == cfg.model.network.config.vocab_size
 
 
-@pytest.mark.parametrize("primary", ["evaluate", "pretrain"])
+@pytest.mark.parametrize("primary", ["evaluate", "pretrain", "pairs"])
 def test_other_entry_points_compose(primary: str) -> None:
     cfg = config.compose(primary, [])
     assert config.build(cfg.task).name == "sudoku"
@@ -72,7 +73,7 @@ def test_every_number_and_choice_has_a_limit() -> None:
     free |= {"sweep", "measure", "page", "file", "lora", "generations", "prompt_file", "train_path"}
     free |= {"adapter", "checkpoint", "revision", "mask_token", "eos_token", "pad_token"}
     given = {"config": ["logger=wandb", "model.lora=default"], "reproduce": ["file=x"], "export": ["run=x"]}
-    for primary in ("config", "evaluate", "export", "pretrain", "figures", "reproduce"):
+    for primary in ("config", "evaluate", "export", "pretrain", "pairs", "figures", "reproduce"):
         cfg = config.compose(primary, given.get(primary, []))
         for key in config.keys(cfg):
             name = key.rpartition(".")[2]

@@ -12,9 +12,10 @@ from tests.helpers import ROOT
 PARTS = ("tags", "rows", "prompts", "arithmetic", "latex", "verify", "questions", "code")
 TASK_PARTS = [f"tasks.{name}" for name in PARTS]
 BENCHMARKS = [f"tasks.{name}" for name in ("sudoku", "countdown", "gsm8k", "math500", "humaneval", "mbpp")]
+OBJECTIVES = [f"objectives.{name}" for name in ("spg", "grpo", "espo", "wd1", "dpo")]
 FLOORS = [
     {"types", "limits", "seeding", "console", "memory", "errors", "files", "statistics"},
-    {"masking", "estimators", "advantages", "objectives", "objectives.spg"},
+    {"masking", "estimators", "advantages", "objectives", *OBJECTIVES, "objectives.terms"},
     {
         "models",
         "models.head",
@@ -30,16 +31,16 @@ FLOORS = [
     {"policy"},
     {"decoding", "sharding"},
     {"collect", "data", "loggers"},
-    {"module", "config", "sweeps"},
+    {"module", "preferences", "config", "sweeps"},
     {"callbacks", "pretraining", "usage", "plots", "runs", "launch", "sources", "results"},
     {"training", "completing", "exporting"},
     {"failure", "scoring"},
-    {"train", "pretrain", "evaluate", "export", "figures", "reproduce"},
+    {"train", "pretrain", "evaluate", "export", "figures", "reproduce", "pairs"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # a package and its own files share a floor; so may a file and the base it builds on
 WITHIN = {
-    ("objectives.spg", "estimators"),
+    ("objectives.terms", "estimators"),
     ("sources", "runs"),
     ("results", "sources"),
     ("models.network", "models.head"),
@@ -55,6 +56,7 @@ WITHIN = {
 # what tasks are made of, each after those it may use
 WITHIN |= set(combinations(reversed(["cage", "tasks.base", *TASK_PARTS]), 2))
 WITHIN |= {(task, part) for task in BENCHMARKS for part in ["cage", "tasks.base", *TASK_PARTS]}
+WITHIN |= {(objective, part) for objective in OBJECTIVES for part in ("estimators", "objectives.terms")}
 # help is shown, and torch imported, only when the command line has been checked
 LATE = {("config", "usage"), ("runs", "training")}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from typing import Any
@@ -13,11 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spg.decoding import Decoder
 from spg.estimators import ELBO, Mixture, Sandwich
-from spg.masking import BlockAll, BlockRandom, Full, MaskingStrategy, Random
+from spg.masking import (
+    BlockAll,
+    BlockRandom,
+    Complementary,
+    Full,
+    MaskingStrategy,
+    Random,
+    Spread,
+    Trajectory,
+)
 from spg.objectives.spg import SPG
 from spg.types import Experience, MaskedSamples, Rollout
-from tests.helpers import GOLDEN, rollout_of
+from tests.helpers import GOLDEN, golden, rollout_of, small_policy
+from tests.test_cache import ragged
 
 REFERENCE = json.loads((GOLDEN / "spg_loss" / "forward_process_distribution.json").read_text())
 MASK = 2
@@ -182,11 +194,12 @@ def test_sequence_without_holes_is_left_alone() -> None:
     holes = torch.zeros(2, 8, dtype=torch.bool)
     rollout = rollout_of(holes, given=~holes, completion_mask=~holes)
     experience = Experience(rollout, torch.ones(2), {}, torch.tensor([1.0, -1.0]))
-    for strategy in (Full(2), Random(2), BlockRandom(4, 2), BlockAll(4, 2, block_choice="uniform")):
+    blocks = (BlockRandom(4, 2), BlockAll(4, 2, block_choice="uniform"))
+    for strategy in (Full(2), Random(2), *blocks, Spread(2), Complementary(2), Trajectory()):
         samples = strategy(rollout, MASK, 0)
         assert not samples.scored.any()
         assert not samples.weight.any()
-        logps = torch.full((2, 2, 8), -1.0, requires_grad=True)
+        logps = torch.full(samples.scored.shape, -1.0, requires_grad=True)
         loss, _ = SPG(Sandwich(ELBO(), Mixture(1.5, 0.5)))(logps, samples, experience)
         loss.backward()
         assert loss.item() == 0
@@ -204,12 +217,16 @@ def rollouts(draw: st.DrawFn) -> Rollout:
     ends = torch.randint(1, t + 1, (b, 1), generator=g)
     completion_mask = torch.arange(t) < ends
     pads = torch.randint(0, 4, (b, 1), generator=g)
-    return rollout_of(
+    rollout = rollout_of(
         completion_mask & ~given_tokens,
         given=given_tokens,
         completion_mask=completion_mask,
         prompt_mask=torch.arange(4) >= pads,
     )
+    # every hole of the region and some behind it were decoded, at a made-up step
+    steps = torch.randint(0, draw(st.integers(1, 6)), (b, t), generator=g)
+    late = ~completion_mask & (torch.rand(b, t, generator=g) < 0.5)
+    return dataclasses.replace(rollout, commit_step=steps.masked_fill(given_tokens | late, -1))
 
 
 STRATEGIES = [
@@ -221,11 +238,24 @@ STRATEGIES = [
     BlockRandom(3, 2, scored_positions="block"),
     BlockAll(2, 3, 0.9),
     BlockRandom(100, 2, 1.0, region="all"),
+    BlockRandom(3, 5, draws="antithetic"),
+    BlockRandom(3, 7, draws="stratified", block_choice="uniform", scored_positions="block"),
+    Spread(3),
+    Spread(2, region="all"),
+]
+# some draws score nothing, or their weights are others than 1/t
+OTHERS = [
+    Complementary(4),
+    Complementary(2, 0.3, "all"),
+    BlockRandom(3, 4, draws="complementary"),
+    BlockRandom(4, 2, 0.9, "all", "uniform", "block", draws="complementary"),
+    Trajectory(),
+    Trajectory(0.5, "all"),
 ]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(rollouts(), st.sampled_from(STRATEGIES), st.integers(0, 1000))
+@given(rollouts(), st.sampled_from(STRATEGIES + OTHERS), st.integers(0, 1000))
 def test_what_always_holds(rollout: Rollout, strategy: MaskingStrategy, seed: int) -> None:
     samples: MaskedSamples = strategy(rollout, MASK, seed)
     prompt = rollout.prompt_ids.shape[1]
@@ -238,6 +268,11 @@ def test_what_always_holds(rollout: Rollout, strategy: MaskingStrategy, seed: in
     assert not (masked[:, :, :prompt] & ~rollout.prompt_mask.unsqueeze(1)).any(), "nor is padding masked"
     unmasked = torch.cat([rollout.prompt_ids, rollout.completion_ids], -1).unsqueeze(1)
     assert torch.equal(torch.where(masked, unmasked, samples.tokens), unmasked.expand_as(samples.tokens))
+    assert torch.equal(samples.weight > 0, samples.scored)
+    if isinstance(strategy, Trajectory):
+        assert torch.equal(samples.weight, samples.scored * float(samples.scored.shape[1]))
+    if strategy in OTHERS:
+        return
     has_holes = samples.region.any(-1)
     assert torch.equal(samples.scored.any(-1).all(-1), has_holes), "every draw scores something"
     counts = samples.scored.sum(-1, keepdim=True).clamp_min(1)
@@ -253,10 +288,13 @@ def test_limits() -> None:
         Full(num_mc=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="block_choice='fair'"):
         BlockRandom(4, block_choice="fair")
+    for make in (Complementary, lambda n: BlockRandom(4, n, draws="complementary")):
+        with pytest.raises(ValueError, match="complementary pairs need an even num_mc; set num_mc=4"):
+            make(3)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(rollouts(), st.sampled_from(STRATEGIES), st.integers(0, 1000), st.integers(1, 3))
+@given(rollouts(), st.sampled_from(STRATEGIES + OTHERS), st.integers(0, 1000), st.integers(1, 3))
 def test_neighbours_and_padding_change_no_draw(
     rollout: Rollout, strategy: MaskingStrategy, seed: int, extra: int
 ) -> None:
@@ -264,8 +302,11 @@ def test_neighbours_and_padding_change_no_draw(
     whole = strategy(rollout, MASK, seed)
     rows = torch.arange(len(rollout.texts)).flip(0)[:2]
     part = strategy(rollout.select(rows), MASK, seed)
-    for name in ("tokens", "scored", "weight"):
-        assert torch.equal(getattr(part, name), getattr(whole, name)[rows])
+    draws = part.scored.shape[1]  # of a trajectory, as many as these rows have steps
+    assert not whole.scored[rows, draws:].any()
+    for name in ("tokens", "scored"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[rows, :draws])
+    assert torch.allclose(part.weight / draws, whole.weight[rows, :draws] / whole.scored.shape[1])
     pad = torch.zeros(len(rollout.texts), extra, dtype=torch.long)
     padded = dataclasses.replace(
         rollout,
@@ -273,3 +314,157 @@ def test_neighbours_and_padding_change_no_draw(
         prompt_mask=torch.cat([pad.bool(), rollout.prompt_mask], -1),
     )
     assert torch.equal(strategy(padded, MASK, seed).tokens[:, :, extra:], whole.tokens)
+
+
+def masked_counts(samples: MaskedSamples) -> Tensor:
+    """Return how many positions each draw scores, [B M]."""
+    return samples.scored.sum(-1)
+
+
+def test_ratios_are_spread_over_the_inner_updates() -> None:
+    """With 1000 positions and 4 updates: the ratios of a draw lie a quarter apart, from a uniform start."""
+    strategy = Spread(2)
+    rollout = rollout_of(torch.ones(300, 1000, dtype=torch.bool))
+    rounds = strategy.rounds(rollout, MASK, [7, 1, 4, 2])
+    counts = torch.stack([masked_counts(samples) for samples in rounds])
+    for inner in range(4):
+        apart = (counts[inner] - counts[0] - 250 * inner) % 1000
+        assert ((apart + 1) % 1000 <= 2).all(), "up to rounding of the share"
+    start = counts[0].flatten().double() / 1000
+    for power in (1, 2):
+        mean = float((start**power).mean())
+        assert mean == pytest.approx(1 / (power + 1), abs=5 * 0.3 / 600**0.5)
+    assert (counts[0, :, 0] != counts[0, :, 1]).float().mean() > 0.9, "each draw has its own"
+    first = rounds[0].scored[:, 0]
+    assert not any((first & ~samples.scored[:, 0]).sum() == 0 for samples in rounds[1:]), "own positions"
+    alone = strategy(rollout, MASK, 7)
+    assert torch.equal(alone.tokens, strategy.rounds(rollout, MASK, [7])[0].tokens)
+    assert torch.equal(alone.tokens, rounds[0].tokens)
+    assert strategy.rounds(rollout, MASK, []) == []
+
+
+def test_a_spread_count_is_uniform_and_so_are_its_positions() -> None:
+    samples = Spread(1).rounds(repeated(5, 8, 2), MASK, [3, 4])[1]
+    fair = {str(count): 0.2 for count in range(1, 6)}
+    assert same_distribution(masked_counts(samples).flatten(), fair, math.inf)
+    where = samples.scored[:, 0, :5].float().mean(0)
+    assert torch.allclose(where, torch.full((5,), 0.6), atol=0.02)
+
+
+def test_complementary_draws_share_out_the_region() -> None:
+    samples = Complementary(4)(repeated(5, 8, 2), MASK, 0)
+    pairs = samples.scored.unflatten(1, (2, 2))
+    assert torch.equal(pairs.sum(2), samples.region.unsqueeze(1).expand(-1, 2, -1).long())
+    fair = {str(count): 1 / 6 for count in range(6)}
+    for draw in range(4):
+        assert same_distribution(masked_counts(samples)[:, draw], fair, math.inf)
+    together = (masked_counts(samples)[:, 0] == masked_counts(samples)[:, 2]).float().mean()
+    assert float(together) == pytest.approx(1 / 6, abs=0.015), "pairs are independent"
+
+
+def orders(length: int, logp: dict[tuple[bool, ...], Tensor]) -> float:
+    """Return the mean over all orders of the log-probability of `length` tokens, revealed one by one.
+
+    logp: of each token [length], by the mask that it is seen under.
+    """
+    total = 0.0
+    every = list(itertools.permutations(range(length)))
+    for order in every:
+        hidden = [True] * length
+        for position in order:
+            total += float(logp[tuple(hidden)][position])
+            hidden[position] = False
+    return total / len(every)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+def test_the_complementary_elbo_is_unbiased(length: int) -> None:
+    """All masks of up to four positions, with their probabilities and the weights that they are given."""
+    g = torch.Generator().manual_seed(length)
+    masks = list(itertools.product((False, True), repeat=length))
+    logp = {mask: -torch.rand(length, generator=g).double() for mask in masks}
+    samples = Complementary(2)(repeated(length, 6, 2), MASK, 0)
+    firsts = [tuple(row) for row in samples.scored[:, 0, :length].tolist()]
+    expected = 0.0
+    for mask in masks:
+        rows = [row for row, first in enumerate(firsts) if first == mask]
+        probability = 1 / ((length + 1) * math.comb(length, sum(mask)))
+        assert close(len(rows) / DRAWS, probability, math.inf)
+        other = tuple(not masked for masked in mask)
+        seen = torch.stack([logp[mask], logp[other]])
+        value = (samples.weight[rows[0], :, :length].double() * seen).sum(-1).mean()
+        expected += probability * float(value)
+    assert expected == pytest.approx(orders(length, logp), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["beta0_mc1", "beta0_mc2", "beta0.003_mc2_mu2_step1"])
+def test_the_complementary_elbo_is_espos(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The authors' ELBO from their masks and logits, with the weights that these masks are given here."""
+    z, args = golden(f"baselines/espo_{name}.npz")
+    perturbed = z["perturbed"].transpose(0, 1)  # [B M L]
+    width, mask_id = z["prompt_ids"].shape[1], args["mask_id"]
+    hidden = perturbed[..., width:] == mask_id
+    assert torch.allclose(z["p_mask"], hidden[:, ::2].sum(-1).T / (hidden.shape[-1] + 1))
+    rollout = rollout_of(
+        z["completion_mask"].bool(),
+        prompt_ids=z["prompt_ids"],
+        prompt_mask=torch.ones_like(z["prompt_ids"], dtype=torch.bool),
+        completion_ids=z["completion_ids"],
+    )
+    monkeypatch.setattr("spg.masking.choose_exactly", lambda *given: hidden[:, ::2])
+    samples = Complementary(2 * args["num_mc"], region="all")(rollout, mask_id, 0)
+    assert torch.equal(samples.tokens, perturbed)
+    logps = z["logits"].transpose(0, 1)[:, :, width:].log_softmax(-1)
+    index = z["completion_ids"][:, None, :, None].expand(*logps.shape[:3], 1)
+    elbo = ELBO("elbo_weight")(logps.gather(-1, index).squeeze(-1), samples).sum(-1)
+    assert torch.allclose(elbo, z["elbo"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("region", ["to_eos", "all"])
+@pytest.mark.parametrize("stop_at_eos", [True, False])
+def test_a_trajectory_has_the_log_probabilities_of_the_rollout(region: str, stop_at_eos: bool) -> None:
+    policy, prompts = small_policy(), ragged()
+    rollout = Decoder(12, 4, 6, 1.0, stop_at_eos=stop_at_eos)(policy, prompts, 5)
+    assert len(rollout.lengths.unique()) > 1
+    samples = Trajectory(region=region)(rollout, policy.mask_id, 0)
+    counted = samples.region & (rollout.commit_step >= 0)
+    assert torch.equal(samples.scored.sum(1), counted.long()), "every decoded token once"
+    steps = [row[row >= 0].unique().tolist() for row in rollout.commit_step.masked_fill(~counted, -1)]
+    for row, own in enumerate(steps):
+        for draw, step in enumerate(own):
+            assert torch.equal(samples.scored[row, draw], counted[row] & (rollout.commit_step[row] == step))
+        assert not samples.scored[row, len(own) :].any(), "steps behind the EOS take no draw"
+    draws = samples.scored.shape[1]
+    assert draws == max(map(len, steps))
+    logps = policy.token_logps(
+        samples.tokens.flatten(0, 1),
+        rollout.attention_mask.repeat_interleave(draws, 0),
+        rollout.completion_ids.repeat_interleave(draws, 0),
+        samples.scored.flatten(0, 1),
+    ).view_as(samples.scored)
+    total = ELBO("elbo_weight")(logps, samples)
+    assert torch.allclose(total, rollout.commit_logps * counted, atol=1e-4)
+
+
+def test_a_trajectory_leaves_out_the_steps_of_other_rows() -> None:
+    rollout = repeated(4, 6, 2).select(torch.arange(2))
+    step = torch.tensor([[7, 2, 2, 5, 0, 1], [3, 3, 4, 4, 9, -1]])
+    samples = Trajectory()(dataclasses.replace(rollout, commit_step=step), MASK, 0)
+    scored = [[[1, 2], [3], [0]], [[0, 1], [2, 3], []]]
+    assert [[one.nonzero().flatten().tolist() for one in row] for row in samples.scored] == scored
+    assert torch.equal(samples.weight, samples.scored * 3.0), "as many as draws, not as steps"
+    hidden = [[[0, 1, 2, 3], [0, 3], [0]], [[0, 1, 2, 3, 4, 5], [2, 3, 4, 5]]]
+    seen = (samples.tokens == MASK)[..., 2:]
+    assert [
+        [one.nonzero().flatten().tolist() for one in seen[0]],
+        *[[one.nonzero().flatten().tolist() for one in seen[1, :2]]],
+    ] == hidden
+
+
+def test_a_trajectory_without_steps_scores_nothing() -> None:
+    """As where every token is given, or none of the decoded ones lies in the region."""
+    rollout = repeated(4, 8, 2).select(torch.arange(3))
+    for step in (torch.full((3, 8), -1), torch.tensor([-1] * 4 + [2] * 4).expand(3, 8)):
+        samples = Trajectory()(dataclasses.replace(rollout, commit_step=step), MASK, 0)
+        assert samples.scored.shape == (3, 1, 8)
+        assert not samples.scored.any()

@@ -102,6 +102,14 @@ def adapted(llada: Path, questions: Path, tmp_path_factory: pytest.TempPathFacto
     return train_here(folder, *lines, *SMALL, "trainer.max_updates=4", "trainer.prompts_per_rollout=1")
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """File of preference pairs that the embedded model made."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    run("pairs", f"output={path}", "prompts=8", "threads=1")
+    return path
+
+
 def shortened(words: list[str], module: str, folder: Path) -> list[str]:
     """Return overrides that make a command short and keep what it writes in `folder`."""
     if module == "export":
@@ -110,6 +118,8 @@ def shortened(words: list[str], module: str, folder: Path) -> list[str]:
         return []
     if module == "figures":
         return [f"output={folder}"]
+    if module == "pairs":
+        return ["prompts=8", "threads=1"]
     where = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
     if "-cn" in words:  # one job of each kind instead of the whole sweep
         where += ["beta=1", "seed=1"]
@@ -151,7 +161,9 @@ def test_commands_run(
         "<evaluation dir>": "evaluated",
         "<folder>": "llada",
         "<GSM8K>": "questions",
+        "<pairs>": "recorded",
     }
+    line = line.replace("output=<pairs>", f"output={tmp_path / 'pairs.jsonl'}")
     for mark, fixture in places.items():
         if mark in line:
             line = line.replace(mark, str(request.getfixturevalue(fixture)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -40,4 +41,21 @@ class Objective(Protocol):
         the reference model's log-probabilities, where `needs` names them. old [B M T]: those of the
         policy that made the rollout, under the same masks; None where it still is that policy.
         """
+        ...
+
+
+@runtime_checkable
+class Adaptive(Protocol):
+    """What an objective has beside `Objective` if it learns numbers of its own between updates."""
+
+    def adapt(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Learn, after an update's step, from its figures' means over all sequences; return what to log."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold of what was learned."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take `state` back; an empty one is that of a new objective."""
         ...

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from spg.estimators import Sandwich
+from spg.estimators import AdaptiveOmega, Sandwich
 from spg.limits import check_length_counted_once, check_limits
+from spg.objectives.terms import divergence, required, shares
 from spg.types import Cohort, Experience, MaskedSamples
 
 
@@ -71,28 +75,40 @@ class SPG:
         loss = -(coefficients * experience.advantages * chosen).sum()
         figures = {"bound/lower": lower, "bound/upper": upper, "bound/gap": upper - lower}
         if self.kl_coef > 0:
-            if reference is None:
-                raise ValueError(f"kl_coef={self.kl_coef} needs the reference model's log-probabilities")
+            reference = required(reference, "reference", f"kl_coef={self.kl_coef}")
             figures["kl"] = divergence(token_logps, reference, samples)
             loss = loss + self.kl_coef * (coefficients * figures["kl"]).sum()
+        for name, omega in self._adaptive().items():
+            sign = 1 if name.startswith("positive/") else -1
+            weight = coefficients * (sign * experience.advantages).clamp_min(0.0)
+            told = omega.figures(token_logps, samples, experience.advantages, weight)
+            figures |= {f"{name}/{key}": figure for key, figure in told.items()}
         return loss, {name: figure.detach() for name, figure in figures.items()}
+
+    def _adaptive(self) -> dict[str, AdaptiveOmega]:
+        """Return what `omega=auto` has learned, by the name of its metrics."""
+        found = {"omega": self.sandwich.negative.adaptive, "positive/omega": self.sandwich.positive.adaptive}
+        return {name: omega for name, omega in found.items() if omega is not None}
+
+    def adapt(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Let `omega=auto` learn from the means of an update's figures; return what to log."""
+        metrics = dict(means)
+        for name, omega in self._adaptive().items():
+            told = {key: metrics.pop(key) for key in list(metrics) if key.startswith(f"{name}/")}
+            learned = omega.adapt({key.removeprefix(f"{name}/"): value for key, value in told.items()})
+            metrics |= {name + key: value for key, value in learned.items()}
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        """Return what `omega=auto` has learned; empty where omega is a number."""
+        return {name: omega.state() for name, omega in self._adaptive().items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take `state` back; what it does not name begins anew."""
+        for name, omega in self._adaptive().items():
+            omega.restore(state.get(name))
 
     def coefficients(self, lengths: Tensor, group: Tensor) -> Tensor:
         """Return each sequence's share [N] of the loss, from lengths [N] and group numbers [N]."""
-        shares = lengths.float() if self.length_weighting else torch.ones_like(lengths, dtype=torch.float)
-        if self.loss_norm == "batch":
-            return shares / shares.sum().clamp_min(1)
-        _, index = torch.unique(group, return_inverse=True)
-        num_groups = int(index.max()) + 1
-        totals = shares.new_zeros(num_groups).index_add(0, index, shares).clamp_min(1)
-        return shares / totals[index] / num_groups
-
-
-def divergence(token_logps: Tensor, reference: Tensor, samples: MaskedSamples) -> Tensor:
-    """Return the KL divergence to the reference, [B] nats a scored token, from log-probs [B M T].
-
-    The k3 estimate, r - log r - 1 with r = reference / policy: never negative, 0 where they agree.
-    """
-    log_ratio = (reference - token_logps).masked_fill(~samples.scored, 0.0)
-    excess = (log_ratio.exp() - log_ratio - 1).sum((1, 2))
-    return excess / samples.scored.sum((1, 2)).clamp_min(1)
+        sizes = lengths.float() if self.length_weighting else torch.ones_like(lengths, dtype=torch.float)
+        return shares(sizes, sizes, group, self.loss_norm)
