@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from spg.errors import InputError
-from spg.limits import LIMITS, check_length_counted_once
+from spg.limits import LIMITS, check_length_counted_once, check_omega_has_data
 from spg.published import CONFIG, config_fields, sizes
 
 log = logging.getLogger(__name__)
@@ -344,6 +344,8 @@ def check(cfg: DictConfig) -> None:
         try:
             weighted = cfg.algorithm.objective.get("length_weighting", False)
             check_length_counted_once(cfg.algorithm.normalization, weighted)
+            if "omega" in cfg and "omega" not in unread_knobs(cfg):
+                check_omega_has_data(cfg.omega, cfg.num_mc, cfg.mu)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 

@@ -16,6 +16,7 @@ from rich.text import Text
 from spg.config import ConfigError
 from spg.console import console
 from spg.module import Training
+from spg.objectives import Adaptive
 from spg.training import build_module
 from spg.types import Experience, MaskedSamples, Rollout
 
@@ -37,6 +38,8 @@ def reproduce(path: Path) -> bool:
     torch.set_num_threads(cfg.trainer.threads)
     module = build_module(cfg)
     module.updates, module.rollouts = update - 1, record["rollout"]
+    if isinstance(module.objective, Adaptive):
+        module.objective.restore(record.get("objective", {}))
     missing = module.policy.load_state_dict(record["weights"], strict=False).unexpected_keys
     if missing:
         raise ConfigError(f"{path} does not fit the model of its configuration: {missing[0]}")

@@ -454,6 +454,7 @@ class Training(pl.LightningModule):
                 ]
             ),
             "culprits": named,
+            "objective": self.objective.state() if isinstance(self.objective, Adaptive) else {},
         }
         listed = "\n".join(f"  {p}, completion {t!r}, reward {r}" for p, t, r in named[:5])
         more = f"\n  and {len(named) - 5} more" if len(named) > 5 else ""

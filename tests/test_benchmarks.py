@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import common, plain, rollout, update
+from benchmarks import common, omega, plain, rollout, update
 from benchmarks.laptop import PARTS, compared
 from spg.errors import RunError
 from tests.helpers import GOLDEN, ROOT, golden, golden_policy
@@ -203,3 +203,14 @@ def test_one_command_compares_two_versions(tmp_path: Path) -> None:
         assert part in text
         assert result["parts"][part]["this"]["n"] == {"time/rollout": 2, "time/update": 8}[part]
         assert 0.2 < result["parts"][part]["ratio"] < 5, "the same version twice"
+
+
+def test_the_noise_of_the_mixture_at_each_omega() -> None:
+    found = omega.measure(2, 6, None, seed=0)
+    variances = found["variance"]
+    assert found["variance at the adaptive omega"] > 0
+    best = found["best omega"]
+    nearest = min(variances, key=lambda name: abs(float(name) - best))
+    assert variances[nearest] == min(variances.values())
+    assert 0 <= found["adaptive omega"] <= 1
+    assert found["adaptive omega"] != 0.5, "it has learned from the sets of masks"

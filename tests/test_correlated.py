@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import variance
 from spg.estimators import ELBO, Mixture, Sandwich
 from spg.masking import BlockAll, BlockRandom, Full, MaskingStrategy, Random
 from spg.objectives.spg import SPG
@@ -246,3 +249,33 @@ def test_32_draws_in_pieces_keep_what_2_draws_keep() -> None:
     # the pieces hold other numbers of scored positions, and there are a few more tensors [B M T]
     assert peaks[32, 6] < 1.25 * peaks[2, 6]
     assert peaks[32, None] > 8 * peaks[2, 6]
+
+
+@pytest.mark.long
+def test_a_small_run_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "variance.json"
+    words = "--tasks sudoku --draws 4 --sequences 2 --repeats 5 --gradients 3 --output"
+    monkeypatch.setattr("sys.argv", ["variance", *words.split(), str(output)])
+    variance.main()
+    rows = json.loads(output.read_text())["tasks"]["sudoku"]["draws"]["4"]
+    assert list(rows) == list(variance.WAYS)
+    for figure in variance.FIGURES:
+        assert rows["independent"][figure]["relative"] == pytest.approx(1)
+        for row in rows.values():
+            low, high = row[figure]["interval"]
+            assert 0 < low <= row[figure]["relative"] <= high
+    assert rows["independent"]["passes"] == rows["stratified"]["passes"] == 4
+    assert 2 <= rows["complementary"]["passes"] < 4
+
+
+def test_variances_are_those_of_the_sums() -> None:
+    g = torch.Generator().manual_seed(0)
+    elbo, eubo, slope = torch.randn(6, 3, generator=g), torch.randn(6, 3, generator=g), torch.randn(6, 9)
+    found = variance.variances(variance.Measured(elbo, eubo, slope, 2.0))
+    for name, values in (("elbo", elbo), ("eubo", eubo), ("gradient", slope)):
+        assert float(found[name].mean()) == pytest.approx(float(values.var(0).sum()), rel=1e-5)
+    less = variance.row_of(
+        variance.Measured(elbo / 2, eubo, slope, 1.0), variance.Measured(elbo, eubo, slope, 2.0)
+    )
+    assert less["elbo"]["relative"] == pytest.approx(1 / 8)
+    assert less["gradient"]["relative"] == pytest.approx(1 / 2)

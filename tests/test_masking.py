@@ -322,18 +322,18 @@ def masked_counts(samples: MaskedSamples) -> Tensor:
 
 
 def test_ratios_are_spread_over_the_inner_updates() -> None:
-    """With 1000 positions and 4 updates: the ratios of a draw lie a quarter apart, from a uniform start."""
+    """With 400 positions and 4 updates: the ratios of a draw lie a quarter apart, from a uniform start."""
     strategy = Spread(2)
-    rollout = rollout_of(torch.ones(300, 1000, dtype=torch.bool))
+    rollout = rollout_of(torch.ones(150, 400, dtype=torch.bool))
     rounds = strategy.rounds(rollout, MASK, [7, 1, 4, 2])
     counts = torch.stack([masked_counts(samples) for samples in rounds])
     for inner in range(4):
-        apart = (counts[inner] - counts[0] - 250 * inner) % 1000
-        assert ((apart + 1) % 1000 <= 2).all(), "up to rounding of the share"
-    start = counts[0].flatten().double() / 1000
+        apart = (counts[inner] - counts[0] - 100 * inner) % 400
+        assert ((apart + 1) % 400 <= 2).all(), "up to rounding of the share"
+    start = counts[0].flatten().double() / 400
     for power in (1, 2):
         mean = float((start**power).mean())
-        assert mean == pytest.approx(1 / (power + 1), abs=5 * 0.3 / 600**0.5)
+        assert mean == pytest.approx(1 / (power + 1), abs=5 * 0.3 / 300**0.5)
     assert (counts[0, :, 0] != counts[0, :, 1]).float().mean() > 0.9, "each draw has its own"
     first = rounds[0].scored[:, 0]
     assert not any((first & ~samples.scored[:, 0]).sum() == 0 for samples in rounds[1:]), "own positions"

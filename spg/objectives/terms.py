@@ -77,7 +77,11 @@ def required(logps: Tensor | None, model: str, reason: str) -> Tensor:
 
 
 def check_sums(estimator: LikelihoodEstimator, objective: str) -> None:
-    """Raise ValueError where the estimator's figures are no sums over a sequence's tokens."""
+    """Raise ValueError where the estimator's figures are no sums over tokens, or it would have to learn."""
+    if estimator.adaptive is not None:
+        raise ValueError(
+            f"omega=auto is learned by SPG's objective alone, not by {objective}; give a number from 0 to 1"
+        )
     if estimator.normalization != "elbo_weight":
         raise ValueError(
             f"{objective} needs log-likelihoods of whole sequences, but its estimator has normalization="
