@@ -232,17 +232,22 @@ def test_a_run_with_an_old_policy_and_a_reference_resumes(tmp_path: Path) -> Non
     assert same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-# updates of a run of about a minute on two cores, and the rise of the sampled reward that it must show
-LONG = {"stepwise": (160, 0.05), "vrpo": (240, 0.03)}
+# updates of a run of about a minute, and by how much the sampled reward must have risen in it: in five seeds
+# it rose by 0.15 or more, with the EUBO alone by 0.03 or more
+RISES = {"stepwise": (160, 0.1), "spg_eubo": (320, 0.02)}
+# no trace is made less likely, so that whatever the policy writes is reinforced, and nothing is learned
+FLAT = ("reward_shift", "reward_shift_grpo")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_the_reward_rises_within_a_minute(method: str, tmp_path: Path) -> None:
-    updates, rise = LONG.get(method, (320, 0.05))
+    updates, rise = RISES.get(method, (320, 0.1))
     train_here(
         tmp_path / "run",
         f"algorithm={method}",
+        "experiment=null",
+        "seed=1",
         f"trainer.max_updates={updates}",
         "trainer.validate_every=1000",
         "trainer.checkpoint_every=1000",
@@ -250,4 +255,7 @@ def test_the_reward_rises_within_a_minute(method: str, tmp_path: Path) -> None:
     )
     rewards = [float(r["reward"]) for r in read_csv(tmp_path / "run" / "metrics.csv") if r["reward"]]
     first, last = sum(rewards[:8]) / 8, sum(rewards[-8:]) / 8
-    assert last > first + rise, (first, last)
+    if method in FLAT:
+        assert last < first + 0.03, (first, last)
+    else:
+        assert last > first + rise, (first, last)
