@@ -30,7 +30,14 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from spg.errors import InputError
-from spg.limits import LIMITS, check_length_counted_once, check_omega_has_data
+from spg.limits import (
+    LIMITS,
+    check_length_counted_once,
+    check_omega_has_data,
+    check_pair_of_completions,
+    check_pairs,
+    check_sums,
+)
 from spg.published import CONFIG, config_fields, sizes
 
 log = logging.getLogger(__name__)
@@ -342,10 +349,7 @@ def check(cfg: DictConfig) -> None:
         check_samples(cfg)
     if "algorithm" in cfg:
         try:
-            weighted = cfg.algorithm.objective.get("length_weighting", False)
-            check_length_counted_once(cfg.algorithm.normalization, weighted)
-            if "omega" in cfg and "omega" not in unread_knobs(cfg):
-                check_omega_has_data(cfg.omega, cfg.num_mc, cfg.mu)
+            check_method(cfg)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
@@ -406,6 +410,24 @@ def check_model(cfg: DictConfig) -> None:
                 f"model.quantization={model.quantization} needs a CUDA device, not {key}=cpu; give "
                 "model.quantization=null"
             )
+
+
+def check_method(cfg: DictConfig) -> None:
+    """Raise ValueError where a method's parts can't work together; their constructors would say so late."""
+    objective, masking = cfg.algorithm.objective, cfg.masking
+    kind = str(objective.get("_target_")).rpartition(".")[2]
+    check_length_counted_once(cfg.algorithm.normalization, objective.get("length_weighting", False))
+    adaptive = cfg.get("omega") == "auto" and "omega" not in unread_knobs(cfg)
+    if kind in ("WD1", "ESPO", "DPO"):
+        check_sums(cfg.algorithm.normalization, adaptive, kind)
+    if kind == "DPO":
+        check_pair_of_completions(cfg.group_size)
+    strategy = str(masking.get("_target_")).rpartition(".")[2]
+    if adaptive:
+        check_omega_has_data(cfg.num_mc, cfg.mu, strategy != "Trajectory")
+    pairs = "complementary" if strategy == "Complementary" else masking.get("draws")
+    if pairs in ("antithetic", "complementary"):
+        check_pairs(masking.num_mc, pairs)
 
 
 def check_preferences(cfg: DictConfig) -> None:
@@ -540,7 +562,10 @@ def notes(cfg: DictConfig, overrides: list[str]) -> list[str]:
         lines.append(f"Warning: {knob}={cfg[knob]} is read by no selected part and changes nothing.")
     for name in unread_estimators(cfg):
         group = "estimator" if name == "estimator" else "estimator@positive"
-        for line in (o for o in overrides if o.lstrip("+").partition("=")[0] == group):
+        for line in overrides:
+            key = line.lstrip("+").partition("=")[0]
+            if key != group and not key.startswith(f"{name}."):
+                continue
             lines.append(f"Warning: {line} is read by no selected part and changes nothing.")
     if "beta" in cfg and "beta" not in unread and cfg.beta < 1:
         lines.append(f"Note: with beta={cfg.beta}, below 1, the EUBO is no upper bound.")

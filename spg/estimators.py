@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from spg.limits import check_limits, check_omega_has_data
+from spg.limits import check_limits
 from spg.types import Bounds, MaskedSamples
 
 
@@ -77,8 +77,7 @@ class Mixture(LikelihoodEstimator):
     """omega * EUBO + (1 - omega) * ELBO (Eq. 8).
 
     omega: a number, or `auto` for the one of least variance in earlier updates (`AdaptiveOmega`), whose
-    variances are smoothed with `smoothing`. num_mc, mu: draws and inner updates of the run, where known.
-    Raises ValueError where they leave `auto` nothing to learn from.
+    variances are smoothed with `smoothing`; it needs two draws and two inner updates or more.
     """
 
     def __init__(
@@ -87,12 +86,9 @@ class Mixture(LikelihoodEstimator):
         omega: float | str,
         normalization: str = "per_token",
         smoothing: float = 0.95,
-        num_mc: int | None = None,
-        mu: int | None = None,
     ) -> None:
         super().__init__(normalization)
         check_limits(omega=omega, smoothing=smoothing)
-        check_omega_has_data(omega, num_mc, mu)
         self.upper = EUBO(beta, normalization)
         self.lower = ELBO(normalization)
         self.fixed = omega

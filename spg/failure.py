@@ -43,6 +43,7 @@ def reproduce(path: Path) -> bool:
     missing = module.policy.load_state_dict(record["weights"], strict=False).unexpected_keys
     if missing:
         raise ConfigError(f"{path} does not fit the model of its configuration: {missing[0]}")
+    module.policy.train("old" not in module.objective.needs)  # as in the update
     log.info("%s of update %d, as the run computed it: not finite", what, update)
     table = Table(
         "completion", "reward", "advantage", "lowest log-prob.", title="Sequences, the bad ones marked *"

@@ -212,14 +212,42 @@ def check_pairs(num_mc: int, kind: str) -> None:
         )
 
 
-def check_omega_has_data(omega: float | str, num_mc: int | None, mu: int | None) -> None:
-    """Raise ValueError where omega=auto would never see what it is estimated from; None: not known.
+def check_sums(normalization: str, adaptive: bool, objective: str) -> None:
+    """Raise ValueError where an estimator's figures are no sums over tokens, or where it would have to learn.
+
+    adaptive: whether its omega is `auto`.
+    """
+    if adaptive:
+        raise ValueError(
+            f"omega=auto is learned by SPG's objective alone, not by {objective}; give a number from 0 to 1"
+        )
+    if normalization != "elbo_weight":
+        raise ValueError(
+            f"{objective} needs log-likelihoods of whole sequences, but its estimator has normalization="
+            f"{normalization}; set algorithm.normalization=elbo_weight"
+        )
+
+
+def check_pair_of_completions(group_size: int) -> None:
+    """Raise ValueError where a prompt's completions are no pair, which preferences need."""
+    if group_size != 2:
+        raise ValueError(
+            f"group_size={group_size}, but a preference is between two completions of a prompt; give "
+            "group_size=2"
+        )
+
+
+def check_omega_has_data(num_mc: int, mu: int, fresh: bool) -> None:
+    """Raise ValueError where omega=auto would never see what it is estimated from.
 
     It compares the masks of successive inner updates on one rollout. With one draw the EUBO per token is the
-    ELBO, so that no omega is better than another.
+    ELBO, so that no omega is better than another. fresh: whether each update masks anew.
     """
-    if omega != "auto":
-        return
+    if not fresh:
+        raise ValueError(
+            "omega=auto compares the masks of inner updates, and masking=trajectory has the same ones in all; "
+            "set another masking, or omega to a number from 0 to 1"
+        )
     if num_mc == 1:
         raise ValueError(
             "omega=auto with num_mc=1: one draw can't tell ELBO and EUBO apart; set num_mc=2 or more, or "

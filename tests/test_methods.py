@@ -73,8 +73,40 @@ def test_what_a_method_does_not_read_is_told() -> None:
     told = config.notes(config.compose("config", lines), lines)
     for word in ("beta=2", "estimator=eubo", "estimator@positive=eubo"):
         assert any(f"{word} is read by no selected part" in line for line in told), word
+    lines = ["algorithm=stepwise", "num_mc=4", "estimator.smoothing=0.5"]
+    told = config.notes(config.compose("config", lines), lines)
+    assert [line.split(" is read")[0] for line in told] == [
+        "Warning: num_mc=4",
+        "Warning: estimator.smoothing=0.5",
+    ]
     lines = ["algorithm=wd1", "estimator=eubo", "beta=2"]
     assert config.notes(config.compose("config", lines), lines) == []
+
+
+REFUSED = [
+    ("algorithm=vrpo group_size=4", "group_size=4, but a preference is between two.*give group_size=2"),
+    ("algorithm=espo num_mc=3", "num_mc=3 is odd: complementary pairs.*set num_mc=4"),
+    ("masking.draws=antithetic num_mc=5", "num_mc=5 is odd: antithetic pairs"),
+    ("algorithm=wd1 algorithm.normalization=per_token", "WD1 needs log-likelihoods of whole sequences"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), REFUSED, ids=[line for line, _ in REFUSED])
+def test_parts_that_do_not_fit_are_refused_before_a_run_begins(line: str, words: str) -> None:
+    with pytest.raises(config.ConfigError, match=words):
+        config.preflight("config", line.split())
+
+
+@pytest.mark.parametrize("model", ["llada_8b", "tiny_a2d"])
+def test_a_method_keeps_its_own_numbers_with_large_models(model: str) -> None:
+    """What is set for all of a model's runs stands behind the method's own."""
+    found = {}
+    for method in METHODS:
+        cfg = config.compose("config", [f"model={model}", "task=gsm8k", f"algorithm={method}"])
+        found[method] = (cfg.masking.prompt_mask_prob, cfg.num_mc, cfg.mu, cfg.group_size)
+    own = {"d1": (0.15, 1, 4, 6), "wd1": (0.15, 1, 4, 6), "vrpo": (0.0, 8, 1, 2)}
+    own |= dict.fromkeys(("unigrpo", "coupled_grpo", "espo", "stepwise"), (0.0, 2, 4, 6))
+    assert found == {method: own.get(method, (0.15, 2, 4, 6)) for method in METHODS}
 
 
 def test_the_ablations_of_the_documentation_are_configuration_alone() -> None:

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from spg.estimators import LikelihoodEstimator
-from spg.limits import check_limits
-from spg.objectives.terms import check_sums, required
+from spg.limits import check_limits, check_sums
+from spg.objectives.terms import required
 from spg.types import Cohort, Experience, MaskedSamples
 
 
@@ -24,7 +24,7 @@ class DPO:
 
     def __init__(self, estimator: LikelihoodEstimator, dpo_beta: float, sft_coef: float = 0.0) -> None:
         check_limits(dpo_beta=dpo_beta, sft_coef=sft_coef)
-        check_sums(estimator, "DPO")
+        check_sums(estimator.normalization, estimator.adaptive is not None, "DPO")
         self.estimator = estimator
         self.dpo_beta = dpo_beta
         self.sft_coef = sft_coef

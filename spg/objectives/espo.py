@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from spg.estimators import LikelihoodEstimator
-from spg.limits import check_limits
-from spg.objectives.terms import check_sums, clipped, kl_estimates, own_shares, required
+from spg.limits import check_limits, check_sums
+from spg.objectives.terms import clipped, kl_estimates, own_shares, required
 from spg.types import Cohort, Experience, MaskedSamples
 
 
@@ -30,7 +30,7 @@ class ESPO:
         loss_norm: str = "group",
     ) -> None:
         check_limits(epsilon=epsilon, epsilon_high=epsilon_high, kl_coef=kl_coef, loss_norm=loss_norm)
-        check_sums(estimator, "ESPO")
+        check_sums(estimator.normalization, estimator.adaptive is not None, "ESPO")
         self.estimator = estimator
         self.epsilon = epsilon
         self.epsilon_high = epsilon if epsilon_high is None else epsilon_high

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spg.estimators import LikelihoodEstimator
 from spg.types import Cohort, MaskedSamples
 
 LARGEST = 20.0  # nats; a larger log-ratio of an action whose ratio is not clipped raises the loss linearly
@@ -70,20 +69,7 @@ def divergence(
 
 
 def required(logps: Tensor | None, model: str, reason: str) -> Tensor:
-    """Return `logps`; raises ValueError, naming `model` and who needs it, where they are None."""
+    """Return `logps` [B M T]; raises ValueError, naming `model` and who needs it, where they are None."""
     if logps is None:
         raise ValueError(f"{reason} needs the {model} model's log-probabilities")
     return logps
-
-
-def check_sums(estimator: LikelihoodEstimator, objective: str) -> None:
-    """Raise ValueError where the estimator's figures are no sums over tokens, or it would have to learn."""
-    if estimator.adaptive is not None:
-        raise ValueError(
-            f"omega=auto is learned by SPG's objective alone, not by {objective}; give a number from 0 to 1"
-        )
-    if estimator.normalization != "elbo_weight":
-        raise ValueError(
-            f"{objective} needs log-likelihoods of whole sequences, but its estimator has normalization="
-            f"{estimator.normalization}; set algorithm.normalization=elbo_weight"
-        )

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from spg.estimators import LikelihoodEstimator
-from spg.limits import check_limits
-from spg.objectives.terms import check_sums
+from spg.limits import check_limits, check_sums
 from spg.types import Cohort, Experience, MaskedSamples
 
 
@@ -23,7 +22,7 @@ class WD1:
         self, estimator: LikelihoodEstimator, positive_only: bool = False, loss_norm: str = "group"
     ) -> None:
         check_limits(positive_only=positive_only, loss_norm=loss_norm)
-        check_sums(estimator, "WD1")
+        check_sums(estimator.normalization, estimator.adaptive is not None, "WD1")
         self.estimator = estimator
         self.positive_only = positive_only
         self.loss_norm = loss_norm
