@@ -245,8 +245,8 @@ def check_omega_has_data(num_mc: int, mu: int, fresh: bool) -> None:
     """
     if not fresh:
         raise ValueError(
-            "omega=auto compares the masks of inner updates, and masking=trajectory has the same ones in all; "
-            "set another masking, or omega to a number from 0 to 1"
+            "omega=auto compares the masks of inner updates, and masking=trajectory has the same in all; set "
+            "another masking, or omega to a number from 0 to 1"
         )
     if num_mc == 1:
         raise ValueError(

@@ -349,7 +349,7 @@ def test_it_is_refused_where_it_could_learn_nothing() -> None:
     for method in ("wd1", "espo"):  # whatever num_mc is
         with pytest.raises(ConfigError, match="learned by SPG's objective alone"):
             config.compose("config", [f"algorithm={method}", "estimator=mixture", "omega=auto"])
-    with pytest.raises(ConfigError, match="masking=trajectory has the same ones in all"):
+    with pytest.raises(ConfigError, match="masking=trajectory has the same in all"):
         config.compose("config", ["masking=trajectory", "omega=auto"])
     words = "a number from 0 to 1, or auto"
     for value in ("often", 1.5):
