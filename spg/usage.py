@@ -60,7 +60,7 @@ def show(primary: str) -> None:
         title = ", ".join(f"{key}={option or 'null'}" for key, option in selected.items())
         console.print(f"\n{title}", style="bold")
         for file in sorted((CONF_DIR / group).glob("*.yaml")):
-            console.print(Text(f"  {file.stem:<28}{describe(file)}"))
+            console.print(Text(f"  {file.stem:<27} {describe(file)}"))
         option = next(iter(selected.values()))
         if option is not None and "${" not in option:
             file = CONF_DIR / group / f"{option}.yaml"

@@ -335,7 +335,9 @@ def test_sweeps_are_multiruns_of_valid_values_over_several_seeds(name: str) -> N
     plan = config.preflight("config", ["-cd", str(ROOT / "sweeps"), "-cn", name])
     assert plan is not None
     assert plan.multirun
-    expected = {"beta": ("estimator", "beta", "seed")}.get(name, (name, "seed"))
+    several = {"beta": ("estimator", "beta", "seed")}
+    several |= dict.fromkeys(("methods_sudoku", "methods_countdown"), ("algorithm", "seed"))
+    expected = several.get(name, (name, "seed"))
     assert plan.swept == expected
     params = OmegaConf.load(ROOT / "sweeps" / f"{name}.yaml").hydra.sweeper.params
     sizes = {}
@@ -356,7 +358,7 @@ def jobs_of(folder: Path, *argv: str) -> list[set[str]]:
 
 def test_the_command_line_takes_the_place_of_a_sweep_files_values(tmp_path: Path) -> None:
     jobs = jobs_of(tmp_path, "seed=4", "-cd", str(ROOT / "sweeps"), "-cn", "omega")
-    assert jobs == [{f"omega={omega}", "seed=4"} for omega in ("0", "0.25", "0.5", "0.75", "1")]
+    assert jobs == [{f"omega={omega}", "seed=4"} for omega in ("0", "0.25", "0.5", "0.75", "1", "auto")]
     (tmp_path / "own.yaml").write_text(
         "defaults: [config, _self_]\n"
         "hydra:\n"
