@@ -193,21 +193,13 @@ class Recorded(Decoder):
             )
         ]
         completion = torch.tensor(rows, dtype=torch.long, device=prompts.ids.device)
-        return Rollout(
-            prompt_ids=prompts.ids,
-            prompt_mask=prompts.mask,
-            completion_ids=completion,
-            completion_mask=through_first(completion == policy.eos_id),
-            given=prompts.given,
-            group=prompts.group,
-            index=prompts.index,
-            commit_step=torch.full_like(completion, -1),
-            commit_logps=torch.zeros(completion.shape, device=completion.device),
-            near_ties=torch.zeros_like(prompts.index),
-            texts=tuple(policy.text(row) for row in completion),
-            examples=tuple(
-                {**example, "side": side} for example, side in zip(prompts.examples, sides, strict=True)
-            ),
+        mask = through_first(completion == policy.eos_id)
+        return Rollout.written(
+            prompts,
+            completion,
+            mask,
+            tuple(policy.text(row) for row in completion),
+            tuple({**example, "side": side} for example, side in zip(prompts.examples, sides, strict=True)),
         )
 
     def _lay_out(

@@ -105,20 +105,8 @@ def as_rollout(policy: Policy, task: Task, examples: list[Example], gen_length: 
         examples, texts, [(text,) for text in texts], prompts.group, prompts.index, gen_length
     )
     completion = solved.template
-    return Rollout(
-        prompt_ids=prompts.ids,
-        prompt_mask=prompts.mask,
-        completion_ids=completion,
-        completion_mask=through_first(completion == policy.eos_id),
-        given=prompts.given,
-        group=prompts.group,
-        index=prompts.index,
-        commit_step=torch.full_like(completion, -1),
-        commit_logps=torch.zeros(completion.shape, device=completion.device),
-        near_ties=torch.zeros_like(prompts.index),
-        texts=tuple(texts),
-        examples=tuple(examples),
-    )
+    mask = through_first(completion == policy.eos_id)
+    return Rollout.written(prompts, completion, mask, tuple(texts), tuple(examples))
 
 
 def combination(cfg: DictConfig) -> dict[str, Any]:

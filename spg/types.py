@@ -64,6 +64,31 @@ class Rollout(_Rows):
     texts: tuple[str, ...]  # the completions, up to their EOS
     examples: tuple[Mapping[str, Any], ...]  # the task's items, one a sequence
 
+    @classmethod
+    def written(
+        cls,
+        prompts: Prompts,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        texts: tuple[str, ...],
+        examples: tuple[Mapping[str, Any], ...],
+    ) -> Self:
+        """Return completions [B T] that no decoder made: no step committed any of their tokens."""
+        return cls(
+            prompt_ids=prompts.ids,
+            prompt_mask=prompts.mask,
+            completion_ids=completion_ids,
+            completion_mask=completion_mask,
+            given=prompts.given,
+            group=prompts.group,
+            index=prompts.index,
+            commit_step=torch.full_like(completion_ids, -1),
+            commit_logps=torch.zeros(completion_ids.shape, device=completion_ids.device),
+            near_ties=torch.zeros_like(prompts.index),
+            texts=texts,
+            examples=examples,
+        )
+
     @property
     def holes(self) -> Tensor:
         """Positions that the policy decided itself, up to and including the first EOS [B T]."""
