@@ -19,14 +19,14 @@ from torch import Tensor
 
 from benchmarks.common import machine, numbers, run, versions, write
 from spg import config
-from spg.collect import collect
-from spg.estimators import Mixture, optimum, variance
-from spg.module import Training
-from spg.objectives.spg import SPG
-from spg.seeding import derive_seed
-from spg.training import build_module
-from spg.types import Experience
-from spg.weights import read_checkpoint
+from spg.algorithms.estimators import Mixture, optimum, variance
+from spg.algorithms.objectives.spg import SPG
+from spg.core.seeding import derive_seed
+from spg.core.types import Experience
+from spg.models.weights import read_checkpoint
+from spg.rollout.collect import collect
+from spg.training.module import Training
+from spg.training.run import build_module
 
 OMEGAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spg.policy import Policy
-from spg.types import Experience, MaskedSamples
+from spg.core.types import Experience, MaskedSamples
+from spg.models.policy import Policy
 
 
 def all_logits(policy: Policy, tokens: Tensor) -> Tensor:

@@ -44,10 +44,10 @@ from benchmarks.common import (
     versions,
     write,
 )
-from spg.decoding import Decoder
-from spg.errors import RunError
-from spg.policy import Policy
-from spg.types import Prompts, Rollout
+from spg.core.errors import RunError
+from spg.core.types import Prompts, Rollout
+from spg.models.policy import Policy
+from spg.rollout.decoder import Decoder
 
 Part = int | None  # the number of a block, or None for a whole rollout
 

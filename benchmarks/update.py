@@ -49,17 +49,17 @@ from benchmarks.common import (
     versions,
     write,
 )
-from spg.advantages import GroupMean
-from spg.data import PromptStream
-from spg.decoding import Decoder
-from spg.errors import RunError
-from spg.estimators import ELBO, Mixture, Sandwich
-from spg.masking import BlockRandom
-from spg.module import Optimization, Training
-from spg.objectives.spg import SPG
-from spg.policy import Policy
+from spg.algorithms.advantages import GroupMean
+from spg.algorithms.estimators import ELBO, Mixture, Sandwich
+from spg.algorithms.masking import BlockRandom
+from spg.algorithms.objectives.spg import SPG
+from spg.core.errors import RunError
+from spg.core.types import Experience, MaskedSamples
+from spg.models.policy import Policy
+from spg.rollout.decoder import Decoder
+from spg.rollout.prompt_order import PromptStream
 from spg.tasks.sudoku import Sudoku
-from spg.types import Experience, MaskedSamples
+from spg.training.module import Optimization, Training
 
 BOTH = ("plain", "ours")
 Peak = dict[str, float | str | None]

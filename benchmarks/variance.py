@@ -24,13 +24,13 @@ from torch import Tensor
 
 from benchmarks.common import machine, numbers, run, versions, write
 from spg import config
-from spg.collect import collect
-from spg.estimators import ELBO, EUBO, Mixture
-from spg.masking import BlockRandom
-from spg.module import Training
-from spg.seeding import Streams, derive_seed
-from spg.training import build_module
-from spg.types import MaskedSamples, Rollout
+from spg.algorithms.estimators import ELBO, EUBO, Mixture
+from spg.algorithms.masking import BlockRandom
+from spg.core.seeding import Streams, derive_seed
+from spg.core.types import MaskedSamples, Rollout
+from spg.rollout.collect import collect
+from spg.training.module import Training
+from spg.training.run import build_module
 
 
 class SharedBlock(BlockRandom):

@@ -1,31 +1,6 @@
 """`python -m spg.pretrain`: supervised base weights for a small model, with a model card."""
 
-from __future__ import annotations
-
-import logging
-from pathlib import Path
-
-from omegaconf import DictConfig
-
-from spg import config, launch
-
-log = logging.getLogger(__name__)
-
-
-def job(cfg: DictConfig) -> None:
-    """Pretrain as configured; write weights and card to `output`, or to the cache."""
-    config.check(cfg)
-    import torch
-
-    from spg.console import take_over_logging
-    from spg.pretraining import cache_dir, pretrain
-
-    take_over_logging()
-    torch.set_num_threads(cfg.threads)
-    path = pretrain(cfg, cache_dir() if cfg.output is None else Path(cfg.output))
-    log.info("Weights: %s", path)
-    log.info("Card: %s", path.with_suffix(".md"))
-
+from spg.cli.pretrain import main
 
 if __name__ == "__main__":
-    launch.run("pretrain", job)
+    main()

@@ -58,7 +58,7 @@ def reward_is_nan(call: str, patch: Patch = setattr) -> None:
 
 def loss_is_inf(update: str, patch: Patch = setattr) -> None:
     """Make the third sequence's log-probabilities infinite in update number `update`, from 1."""
-    from spg.module import Training
+    from spg.training.module import Training
 
     original = Training._token_logps
 
@@ -86,7 +86,7 @@ class _Sick(torch.autograd.Function):
 
 def gradient_is_nan(update: str, patch: Patch = setattr) -> None:
     """Make the gradient through the sixth sequence NaN, its loss being finite, in update `update`."""
-    from spg.module import Training
+    from spg.training.module import Training
 
     original = Training._token_logps
 
@@ -102,7 +102,7 @@ def gradient_is_nan(update: str, patch: Patch = setattr) -> None:
 
 def interrupted(update: str, patch: Patch = setattr) -> None:
     """Press Ctrl-C while the metrics of update number `update` are logged."""
-    from spg.module import Training
+    from spg.training.module import Training
 
     original = Training.record
 
@@ -116,7 +116,7 @@ def interrupted(update: str, patch: Patch = setattr) -> None:
 
 def terminated_at_first_evaluation(path: str, patch: Patch = setattr) -> None:
     """Send SIGTERM to this process when the base model is evaluated, once."""
-    from spg.module import Training
+    from spg.training.module import Training
 
     original, calls = Training.evaluate, []
 
@@ -131,7 +131,7 @@ def terminated_at_first_evaluation(path: str, patch: Patch = setattr) -> None:
 
 def fails_at(update: str, patch: Patch = setattr) -> None:
     """Raise in update number `update`, from 1."""
-    from spg.module import Training
+    from spg.training.module import Training
 
     original = Training.update
 
@@ -145,16 +145,16 @@ def fails_at(update: str, patch: Patch = setattr) -> None:
 
 def fails_where(key: str, patch: Patch = setattr) -> None:
     """Raise in the training of runs whose folder's name holds `key`."""
-    import spg.training
+    import spg.training.run
 
-    original = spg.training.train
+    original = spg.training.run.train
 
     def train(cfg: Any, folder: Path, *rest: Any, **more: Any) -> Any:
         if key in folder.name:
             raise ZeroDivisionError("planted")
         return original(cfg, folder, *rest, **more)
 
-    patch(spg.training, "train", train)
+    patch(spg.training.run, "train", train)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from spg import config, runs
-from spg.files import read_csv
+from spg import config
+from spg.core.files import read_csv
+from spg.core.types import Experience, Prompts, Rollout
 from spg.models.llada import LLaDA, LLaDAConfig
+from spg.models.policy import Policy
 from spg.models.tokenizer import tiny_tokenizer
-from spg.policy import Policy
-from spg.types import Experience, Prompts, Rollout
+from spg.runs import directory as runs
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spg.limits import check_limits
+from spg.core.limits import check_limits
 from spg.models.attention import look
 from spg.models.network import Network, Places
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
-from spg.limits import check_limits
+from spg.core.limits import check_limits
 from spg.models.attention import look
 from spg.models.network import Network, Places
 from spg.models.tokenizer import pretrained

@@ -6,8 +6,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from spg.errors import InputError
-from spg.published import TOKENIZER, folder_of
+from spg.core.errors import InputError
+from spg.models.hub import TOKENIZER, folder_of
 
 PAD, EOS, MASK, UNKNOWN = "<|pad|>", "<|endoftext|>", "<|mask|>", "<|unknown|>"
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from spg.errors import InputError
+from spg.core.errors import InputError
 
 Example = Mapping[str, Any]
 Chat = list[dict[str, str]]

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from spg.errors import InputError
-from spg.limits import check_limits
-from spg.tasks.arithmetic import exact_value, python_value
+from spg.core.errors import InputError
+from spg.core.limits import check_limits
 from spg.tasks.base import SPLITS, Chat, Example, Template, check_choices, check_generated, halves
-from spg.tasks.latex import box_content, last_boxed
+from spg.tasks.datasets import Published, load, read
+from spg.tasks.parsing.arithmetic import exact_value, python_value
+from spg.tasks.parsing.latex import box_content, last_boxed
+from spg.tasks.parsing.tags import first_answer, last_answer
 from spg.tasks.prompts import PromptFile, instruct
-from spg.tasks.rows import Published, load, read
-from spg.tasks.tags import first_answer, last_answer
 
 HUB = Published("Jiayi-Pan/Countdown-Tasks-3to4", "train", ("nums", "target"))
 # names that files give to a problem's numbers and target

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from spg.errors import InputError
+from spg.core.errors import InputError
 from spg.tasks.base import Example
-from spg.tasks.latex import box_content
-from spg.tasks.questions import Questions, completed, equal, final_answer, written
-from spg.tasks.rows import Published
-from spg.tasks.tags import CLOSE, OPEN, first_answer
+from spg.tasks.datasets import Published
+from spg.tasks.parsing.latex import box_content
+from spg.tasks.parsing.tags import CLOSE, OPEN, first_answer
+from spg.tasks.question_answering import Questions, completed, equal, final_answer, written
 
 COLUMNS = ("question", "answer")
 BOXED = re.compile(r"\\boxed\{([^}]*)\}")

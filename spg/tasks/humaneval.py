@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from spg.tasks.base import Example
-from spg.tasks.code import Coding, check_tests, compiles, parsed
-from spg.tasks.rows import Published
+from spg.tasks.coding import Coding, check_tests, compiles, parsed
+from spg.tasks.datasets import Published
 
 COLUMNS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 

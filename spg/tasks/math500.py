@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from spg.errors import InputError
+from spg.core.errors import InputError
 from spg.tasks.base import Example
-from spg.tasks.latex import SLIP, box_content, boxed_in_answer, is_equiv, last_boxed
-from spg.tasks.questions import Questions, completed, equal, final_answer, written
-from spg.tasks.rows import Published
-from spg.tasks.tags import first_answer
+from spg.tasks.datasets import Published
+from spg.tasks.parsing.latex import SLIP, box_content, boxed_in_answer, is_equiv, last_boxed
+from spg.tasks.parsing.tags import first_answer
+from spg.tasks.question_answering import Questions, completed, equal, final_answer, written
 
 
 class Math500(Questions):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from spg.errors import InputError
+from spg.core.errors import InputError
 from spg.tasks.base import Example
-from spg.tasks.code import Coding, borrowed
-from spg.tasks.rows import Published
+from spg.tasks.coding import Coding, borrowed
+from spg.tasks.datasets import Published
 
 COLUMNS = ("task_id", "text", "code", "test_list")
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from spg.errors import InputError
+from spg.core.errors import InputError
 from spg.tasks.base import Chat, Example
 
 ROLES = ("system", "user", "assistant")

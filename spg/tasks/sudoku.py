@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from spg.errors import InputError
-from spg.limits import check_limits
+from spg.core.errors import InputError
+from spg.core.limits import check_limits
 from spg.tasks.base import SPLITS, Chat, Example, Template, check_choices, check_generated
+from spg.tasks.parsing.tags import CLOSE, OPEN, last_answer
 from spg.tasks.prompts import PromptFile
-from spg.tasks.tags import CLOSE, OPEN, last_answer
 
 CELLS = 16
 TAG = re.compile(r"</?(?:answer|reasoning)>")

@@ -1,0 +1,1 @@
+"""The mathematics: advantages, masks, likelihood estimators and objectives."""

@@ -1,0 +1,67 @@
+"""Advantages: how good each completion is beside the others, rewards [P G] -> advantages [P G].
+
+P prompts, G completions each. Groups are normalised on their own, except where a docstring says so.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from spg.core.limits import check_limits
+
+
+class Advantage(Protocol):
+    """Maps the rewards of P prompts with G completions each onto advantages."""
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        """Return advantages [P G] of `rewards` [P G]."""
+        ...
+
+
+class Raw:
+    """The rewards themselves: REINFORCE without a baseline."""
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        return rewards
+
+
+class GroupMean:
+    """Reward minus the group's mean, not divided by its spread (paper, Algorithm 1)."""
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        return rewards - rewards.mean(-1, keepdim=True)
+
+
+class LeaveOneOut:
+    """Reward minus the mean of the group's others (RLOO); raises ValueError for a group of one."""
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        size = rewards.shape[-1]
+        if size < 2:
+            raise ValueError(f"leave-one-out needs a group of 2 or more, got group_size={size}")
+        return (rewards - rewards.mean(-1, keepdim=True)) * (size / (size - 1))
+
+
+class Normalized:
+    """Reward minus the group's mean, divided by its standard deviation plus `eps` (GRPO)."""
+
+    def __init__(self, eps: float = 1e-4) -> None:
+        check_limits(eps=eps)
+        self.eps = eps
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        centred = rewards - rewards.mean(-1, keepdim=True)
+        return centred / (rewards.std(-1, keepdim=True) + self.eps)
+
+
+class Shifted:
+    """Another advantage minus its minimum over the batch, so that none is negative (Table 7)."""
+
+    def __init__(self, base: Advantage) -> None:
+        self.base = base
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        advantages = self.base(rewards)
+        return advantages - advantages.min()

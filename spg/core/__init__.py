@@ -1,0 +1,1 @@
+"""What every other package uses: records that travel, errors, seeds, statistics, files."""

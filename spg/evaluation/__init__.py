@@ -1,0 +1,1 @@
+"""Scoring completions of held-out examples."""

@@ -1,0 +1,161 @@
+"""From examples to experience: prompts, rollouts, rewards, advantages; and evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spg.algorithms.advantages import Advantage
+from spg.core import statistics
+from spg.core.seeding import derive_seed
+from spg.core.types import Experience, Rollout
+from spg.evaluation.generations import scored
+from spg.models.policy import Policy
+from spg.rollout.decoder import Decoder, logp_difference
+from spg.tasks.base import Example, Task
+
+
+def rollout(
+    policy: Policy,
+    decoder: Decoder,
+    task: Task,
+    examples: Sequence[Example],
+    group_size: int,
+    seed: int,
+    first: int = 0,
+) -> Rollout:
+    """Decode `group_size` completions of each of P examples, B = P * group_size, groups in a row.
+
+    Groups are numbered from `first`, sequences accordingly; a sequence's random draws derive from
+    `seed` and its number.
+    """
+    group = torch.arange(first, first + len(examples)).repeat_interleave(group_size)
+    index = torch.arange(first * group_size, (first + len(examples)) * group_size)
+    repeated = [example for example in examples for _ in range(group_size)]
+    return complete(policy, decoder, task, repeated, group, index, seed)
+
+
+def complete(
+    policy: Policy,
+    decoder: Decoder,
+    task: Task,
+    examples: Sequence[Example],
+    group: Tensor,
+    index: Tensor,
+    seed: int,
+) -> Rollout:
+    """Decode one completion of each of B examples; group and index [B] as in `Prompts`.
+
+    A sequence's random draws derive from `seed` and its index.
+    """
+    prompts = policy.prepare(
+        examples,
+        [task.prompt(example) for example in examples],
+        [task.template(example) for example in examples],
+        group,
+        index,
+        decoder.gen_length,
+    )
+    return decoder(policy, prompts, seed)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Seconds that the parts of a collection took, how many tokens it decoded, and how exactly.
+
+    logp_difference [B]: what a cache changed (see `decoding.logp_difference`); None without one.
+    """
+
+    rollout: float
+    reward: float
+    tokens: int
+    logp_difference: Tensor | None
+
+
+def collect(
+    policy: Policy,
+    decoder: Decoder,
+    task: Task,
+    advantage: Advantage,
+    examples: Sequence[Example],
+    group_size: int,
+    seed: int,
+    first: int = 0,
+    gathered: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> tuple[Experience, Collected]:
+    """Let the policy complete P examples `group_size` times, and score what it wrote.
+
+    first: number of the first example's group over all processes. gathered: joins the rows [B] of all
+    processes, since an advantage may depend on every reward; the result holds this process's.
+    """
+    started = time.perf_counter()
+    was_training = policy.training
+    policy.eval()
+    done = rollout(policy, decoder, task, examples, group_size, seed, first)
+    decoded = time.perf_counter()
+    exact = decoder.cache == "none"
+    apart = None if exact else logp_difference(policy, done, derive_seed(seed, "difference"))
+    policy.train(was_training)
+    compared = time.perf_counter()
+    parts = scored(task.reward, done.examples, done.texts, task.workers)
+    reward_parts = {name: torch.tensor([p[name] for p in parts], device=policy.device) for name in parts[0]}
+    rewards = torch.stack(list(reward_parts.values())).sum(0)
+    advantages = advantage(gathered(rewards).view(-1, group_size)).flatten()
+    start = first * group_size
+    experience = Experience(done, rewards, reward_parts, advantages[start : start + len(rewards)])
+    ended = time.perf_counter()
+    tokens = int((done.commit_step >= 0).sum())
+    return experience, Collected(decoded - started, ended - compared, tokens, apart)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Greedy results over n examples: measures {name: [n]} and the completions' texts."""
+
+    measures: Mapping[str, np.ndarray]
+    texts: tuple[str, ...]
+    examples: tuple[Example, ...]
+
+    def mean(self, name: str) -> float:
+        """Return the mean of a measure over the examples."""
+        return float(self.measures[name].mean())
+
+    def interval(self, name: str, resamples: int = 2000) -> tuple[float, float]:
+        """Return a 95% bootstrap interval of a measure's mean, resampling examples (percentile)."""
+        return statistics.bootstrap(self.measures[name], resamples)
+
+
+def evaluate(
+    policy: Policy,
+    decoder: Decoder,
+    task: Task,
+    examples: Sequence[Example],
+    batch_size: int,
+    seed: int = 0,
+    share: tuple[int, int] = (0, 1),
+    joined: Callable[[list[Any]], list[Any]] = lambda rows: rows,
+) -> Evaluation:
+    """Decode each example once and measure the completions; `seed` matters above temperature 0.
+
+    share: number of this process and of all; each decodes its stretch of the examples, and `joined`
+    puts the lists of all processes one behind the other.
+    """
+    was_training = policy.training
+    policy.eval()
+    number, processes = share
+    start, stop = (len(examples) * n // processes for n in (number, number + 1))
+    rows: list[tuple[str, dict[str, float]]] = []
+    for at in range(start, stop, batch_size):
+        batch = examples[at : min(at + batch_size, stop)]
+        texts = rollout(policy, decoder, task, batch, 1, seed, first=at).texts
+        rows += zip(texts, scored(task.measure, batch, texts, task.workers), strict=True)
+    policy.train(was_training)
+    rows = joined(rows)
+    measures = {name: np.array([row[name] for _, row in rows]) for name in rows[0][1]}
+    return Evaluation(measures, tuple(text for text, _ in rows), tuple(examples))

@@ -1,0 +1,322 @@
+"""Decoding: fill a completion's holes step by step, block after block (paper, G.2 and Table 17)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spg.core.limits import check_limits
+from spg.core.seeding import Streams
+from spg.core.types import Prompts, Rollout
+from spg.models.network import Cache
+from spg.models.policy import Measure, Policy, distinct_rows
+
+# by its name in the configuration, what the positions are ordered by, the highest first
+CONFIDENCE: dict[str, Measure] = {
+    "low_confidence": "probability",
+    "margin": "margin",
+    "entropy": "negative_entropy",
+}
+
+
+def transfer_counts(holes: Tensor, steps: int) -> Tensor:
+    """Spread `holes` [B] over `steps` as evenly as whole numbers allow, the rest first; [B steps]."""
+    base, rest = holes // steps, holes % steps
+    return base.unsqueeze(-1) + (torch.arange(steps, device=holes.device) < rest.unsqueeze(-1))
+
+
+def through_first(hits: Tensor) -> Tensor:
+    """Return bool [B T]: True up to and including the first True of `hits` [B T] in each row."""
+    return hits.cumsum(-1) - hits.long() == 0
+
+
+@torch.no_grad()
+def logp_difference(policy: Policy, rollout: Rollout, seed: int) -> Tensor:
+    """Return by how much a cache changed log-probabilities of committed tokens, [B], in nats a token.
+
+    One decoding step of each sequence is drawn and computed exactly: the mean, over the tokens committed in
+    it, of |log-probability when it was committed - exact one|. 0 up to rounding where nothing is cached.
+    """
+    committed = rollout.commit_step >= 0
+    keys = Streams(seed, rollout.index).uniform(committed.shape[-1]).masked_fill(~committed, -1.0)
+    step = rollout.commit_step.gather(1, keys.argmax(-1, keepdim=True)).squeeze(-1)
+    scored = committed & (rollout.commit_step == step.unsqueeze(-1))
+    mask = None if bool(rollout.prompt_mask.all()) else rollout.attention_mask
+    seen = rollout.seen_at(step.unsqueeze(1), policy.mask_id).squeeze(1)
+    exact = policy.token_logps(seen, mask, rollout.completion_ids, scored)
+    apart = (exact - rollout.commit_logps).abs().masked_fill(~scored, 0.0)
+    return apart.sum(-1) / scored.sum(-1).clamp_min(1)
+
+
+def _lead(key: Tensor, picked: Tensor) -> Tensor:
+    """Return by how much the least of `key` [B W] at `picked` positions exceeds the largest elsewhere [B].
+
+    Infinite where nothing is left elsewhere, that is where `key` is -inf there.
+    """
+    return key.masked_fill(~picked, torch.inf).amin(-1) - key.masked_fill(picked, -torch.inf).amax(-1)
+
+
+class Decoder:
+    """Decodes blocks from left to right; one block of the full length is full-sequence decoding.
+
+    gen_length: completion tokens T. block_size: of the decoding blocks (the last may be shorter).
+    steps: for the whole completion, shared out evenly: steps // blocks for each, at least 1, as
+    released; steps in which no row has a token to commit are not computed. temperature: 0 is greedy.
+    remasking: each step commits the positions of highest confidence, by the chosen token's probability
+    (`low_confidence`), the `margin` between the two likeliest or the lowest `entropy`; or `random` ones.
+    stop_at_eos: a row is done when a finished block holds its EOS, the rest becomes EOS, and decoding
+    ends when all rows are done. near_tie: at temperature 0, count the decisions whose two best
+    alternatives lie no further apart: of the token at a position being committed, in logits; of the
+    positions, between the least confident one committed and the most confident one left, in the units
+    of the confidence. None does not count.
+
+    cache: `none` computes every position in every step, as released. `prefix` computes all of them in a
+    block's first step, then the block and what follows it; `dual` the block alone. The others' keys and
+    values stay what they were in the last full pass, so that the samples differ a little (Fast-dLLM, Wu et
+    al. 2025, arXiv 2505.22618). refresh_every: steps of a block between full passes; None for one a block; 1
+    is exact.
+    """
+
+    def __init__(
+        self,
+        gen_length: int,
+        block_size: int,
+        steps: int,
+        temperature: float = 0.0,
+        remasking: str = "low_confidence",
+        stop_at_eos: bool = True,
+        near_tie: float | None = None,
+        cache: str = "none",
+        refresh_every: int | None = None,
+    ) -> None:
+        check_limits(gen_length=gen_length, block_size=block_size, steps=steps)
+        check_limits(temperature=temperature, remasking=remasking, stop_at_eos=stop_at_eos)
+        check_limits(near_tie=near_tie, cache=cache, refresh_every=refresh_every)
+        self.gen_length = gen_length
+        self.block_size = min(block_size, gen_length)
+        self.steps = steps
+        self.temperature = temperature
+        self.remasking = remasking
+        self.stop_at_eos = stop_at_eos
+        self.near_tie = near_tie if temperature == 0 else None  # a draw has no best alternative
+        self.cache = cache
+        self.refresh_every = refresh_every
+
+    def __call__(self, policy: Policy, prompts: Prompts, seed: int | None = None) -> Rollout:
+        """Complete B prompts.
+
+        seed: random draws derive from (seed, prompts.index), so that the rows beside a row change
+        nothing. Raises ValueError where randomness is needed and the seed is missing.
+        """
+        if self.temperature > 0 or self.remasking == "random":
+            if seed is None:
+                raise ValueError("decoding at temperature > 0 or with remasking=random needs a seed")
+            return self._decode(policy, prompts, Streams(seed, prompts.index))
+        # equal prompts have equal completions
+        parts = (2 * prompts.ids + prompts.mask, 2 * prompts.template + prompts.given)
+        first, which = distinct_rows(torch.cat(parts, dim=1))
+        if len(first) == len(which):
+            return self._decode(policy, prompts, None)
+        done = self._decode(policy, prompts.select(first), None).select(which)
+        return replace(done, group=prompts.group, index=prompts.index, examples=prompts.examples)
+
+    def _decode(self, policy: Policy, prompts: Prompts, streams: Streams | None) -> Rollout:
+        """Complete prompts, waiting for the device once a block: how many holes are left, the host knows."""
+        batch, width = prompts.ids.shape
+        blocks = [
+            slice(start, min(start + self.block_size, self.gen_length))
+            for start in range(0, self.gen_length, self.block_size)
+        ]
+        steps = max(1, self.steps // len(blocks))
+        holes = torch.stack([(~prompts.given[:, block]).sum(-1) for block in blocks], dim=1)
+        schedule = torch.stack([transfer_counts(column, steps) for column in holes.T], dim=1).tolist()
+        state = _State.before(prompts, policy.mask_id)
+        tokens_noise, order_noise = self._noise(streams, len(blocks) * steps)
+        cache = None if self.cache == "none" else Cache()
+        active = list(range(batch))
+        fresh = True  # nothing is decoded yet: the completions of a prompt are equal
+
+        for number, block in enumerate(blocks):
+            plan = {row: schedule[row][number] for row in active if any(schedule[row][number])}
+            window = slice(width + block.start, width + block.stop)
+            seen = window if self.cache == "dual" else slice(window.start, width + self.gen_length)
+            taken = 0
+            for step in (s for s in range(steps) if any(counts[s] for counts in plan.values())):
+                at = number * steps + step
+                # a cache holds the same rows throughout a block; without one, others sit a step out
+                rows = [row for row, counts in plan.items() if cache is not None or counts[step]]
+                left = max(sum(plan[row][step:]) for row in rows)
+                part = _Part(rows, batch, prompts.ids.device)
+                if cache is not None and taken % (self.refresh_every or steps) == 0:
+                    cache.clear()
+                self._step(
+                    policy,
+                    state,
+                    part,
+                    block,
+                    at,
+                    part.tensor([[plan[row][step]] for row in rows]),
+                    left,
+                    [None if n is None else part(n[:, at]) for n in (tokens_noise, order_noise)],
+                    shared=fresh or prompts.ids.device.type == "cpu",
+                    cache=cache,
+                    seen=seen,
+                )
+                fresh, taken = False, taken + 1
+            if self.stop_at_eos and number + 1 < len(blocks):
+                ended = (state.tokens[:, window] == policy.eos_id).any(-1)
+                rest = state.tokens[:, window.stop :]
+                rest.masked_fill_(ended.unsqueeze(-1) & ~prompts.given[:, block.stop :], policy.eos_id)
+                over = ended.tolist()
+                active = [row for row in active if not over[row]]
+                if not active:
+                    break
+        return state.rollout(policy, prompts)
+
+    def _step(
+        self,
+        policy: Policy,
+        state: _State,
+        part: _Part,
+        block: slice,
+        at: int,
+        counts: Tensor,
+        left: int,
+        noise: Sequence[Tensor | None],
+        *,
+        shared: bool,
+        cache: Cache | None,
+        seen: slice,
+    ) -> None:
+        """Commit `counts` [N 1] tokens of a block in the rows of `part`, which have at most `left` holes."""
+        first = state.tokens.shape[1] - self.gen_length + block.start
+        window = slice(first, first + block.stop - block.start)
+        remaining = part(state.open[:, block])
+        columns = remaining.byte().argsort(dim=-1, descending=True, stable=True)[:, :left]
+        live = remaining.gather(1, columns)
+        draw, order = (None if n is None else n.gather(1, columns) for n in noise)
+        measures = self._measures()
+        ids, *measured = policy.propose(
+            part(state.tokens),
+            None if state.mask is None else part(state.mask),
+            columns + window.start,
+            self.temperature,
+            draw,
+            measures,
+            shared=shared,
+            cache=cache,
+            window=seen,
+        )
+        key = (measured[0] if order is None else order).masked_fill(~live, -torch.inf)
+        rank = key.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        picked = live & (rank < counts)
+        if self.near_tie is not None:
+            ties = ((measured[-1] <= self.near_tie) & picked).sum(-1)
+            if order is None:
+                ties = ties + (_lead(key, picked) <= self.near_tie)
+            part.put(state.near_ties, part(state.near_ties) + ties)
+        probability = measured[measures.index("probability")]
+        logps = probability.clamp_min(torch.finfo(torch.float32).tiny).log()
+        for whole, values in (
+            (state.tokens[:, window], ids),
+            (state.commit_step[:, block], torch.full_like(ids, at)),
+            (state.commit_logps[:, block], logps),
+            (state.open[:, block], torch.zeros_like(picked)),
+        ):
+            before = part(whole)
+            part.put(
+                whole, before.scatter(1, columns, torch.where(picked, values, before.gather(1, columns)))
+            )
+
+    def _measures(self) -> list[Measure]:
+        measures: list[Measure] = [CONFIDENCE.get(self.remasking, "probability")]
+        if "probability" not in measures:
+            measures.append("probability")
+        if self.near_tie is not None:
+            measures.append("lead")
+        return measures
+
+    def _noise(self, streams: Streams | None, steps: int) -> tuple[Tensor | None, Tensor | None]:
+        """Draw uniform numbers [B S W] for the tokens and for the order, where each is random."""
+        wanted = (self.temperature > 0, self.remasking == "random")
+        tokens, order = (
+            streams.uniform(steps, self.block_size, dtype=torch.double) if want and streams else None
+            for want in wanted
+        )
+        return tokens, order
+
+
+@dataclass
+class _State:
+    """Completions while they are decoded."""
+
+    tokens: Tensor  # [B L]
+    mask: Tensor | None  # [B L] True at real tokens; None where nothing is padded
+    open: Tensor  # [B T] holes that are not filled yet
+    commit_step: Tensor  # [B T]
+    commit_logps: Tensor  # [B T]
+    near_ties: Tensor  # [B]
+
+    @classmethod
+    def before(cls, prompts: Prompts, mask_id: int) -> _State:
+        """Return the state before the first step."""
+        completion = prompts.template.masked_fill(~prompts.given, mask_id)
+        mask = None
+        if not bool(prompts.mask.all()):
+            mask = torch.cat([prompts.mask, torch.ones_like(prompts.given)], dim=-1)
+        return cls(
+            tokens=torch.cat([prompts.ids, completion], dim=-1),
+            mask=mask,
+            open=~prompts.given,
+            commit_step=torch.full_like(completion, -1),
+            commit_logps=torch.zeros(completion.shape, device=completion.device),
+            near_ties=torch.zeros_like(prompts.index),
+        )
+
+    def rollout(self, policy: Policy, prompts: Prompts) -> Rollout:
+        """Return the completions as they are now."""
+        completion = self.tokens[:, prompts.ids.shape[1] :]
+        return Rollout(
+            prompt_ids=prompts.ids,
+            prompt_mask=prompts.mask,
+            completion_ids=completion,
+            completion_mask=through_first(completion == policy.eos_id),
+            given=prompts.given,
+            group=prompts.group,
+            index=prompts.index,
+            commit_step=self.commit_step,
+            commit_logps=self.commit_logps,
+            near_ties=self.near_ties,
+            texts=tuple(policy.text(row) for row in completion),
+            examples=prompts.examples,
+        )
+
+
+class _Part:
+    """Some of a batch's rows: reads and writes them in tensors [B ...], without waiting for the device."""
+
+    def __init__(self, rows: Sequence[int], batch: int, device: torch.device) -> None:
+        self.device = device
+        self._index = None if len(rows) == batch else self.tensor(rows)
+
+    def __call__(self, whole: Tensor) -> Tensor:
+        """Return the rows of `whole` [B ...]."""
+        return whole if self._index is None else whole[self._index]
+
+    def put(self, whole: Tensor, values: Tensor) -> None:
+        """Write `values` [N ...] to the rows of `whole` [B ...]."""
+        if self._index is None:
+            whole.copy_(values)
+        else:
+            whole[self._index] = values
+
+    def tensor(self, numbers: Sequence[Any]) -> Tensor:
+        """Return numbers as a tensor on the device; from pinned memory, since else the copy would wait."""
+        tensor = torch.tensor(numbers)
+        return (
+            tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        )

@@ -1,0 +1,165 @@
+"""Where a task's examples come from: a local file or folder, or the data set's published place on the hub."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spg.core.errors import InputError
+
+log = logging.getLogger(__name__)
+
+# file name extension: what `datasets` calls its reader
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+PACKED = ".gz"
+# seconds to wait for the hub's first answer, before looking for a cached copy
+PATIENCE = 5.0
+
+
+@dataclass(frozen=True)
+class Published:
+    """A data set on the hub: its name, configuration, split, and the columns that are needed."""
+
+    name: str
+    split: str
+    columns: tuple[str, ...]
+    config: str | None = None
+
+
+def load(published: Published, path: str | None, option: str = "task.path") -> list[dict[str, Any]]:
+    """Return a data set's rows from `path`, a file or a folder with a file for the split, else from the hub.
+
+    option: name of the setting that holds `path`, for the messages. Raises InputError where nothing can be
+    read there or columns are missing; without a network and a path it names both ways out.
+    """
+    if path is not None:
+        return read(_file(Path(path), published.split, option), published.columns, option)
+    return _from_hub(published, option)
+
+
+def _file(path: Path, split: str, option: str) -> Path:
+    """Return the file of a split: `path` itself, or the one of that name in the folder `path`."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise InputError(f"{option}={path} is neither a file nor a folder; give one of {', '.join(READERS)}")
+    found = files_of(path, split)
+    if len(found) != 1:
+        raise InputError(
+            f"{option}={path}: the folder has {len(found) or 'no'} files named {split} with one of the "
+            f"endings {', '.join(READERS)}; exactly one is needed, or give the file itself"
+        )
+    return found[0]
+
+
+def files_of(folder: Path, split: str) -> list[Path]:
+    """Return the files of a folder that a split may be read from, by their names."""
+    names = [split + reader + packed for reader in READERS for packed in ("", PACKED)]
+    return sorted(file for file in folder.iterdir() if file.name in names)
+
+
+def _kind(path: Path) -> str:
+    """Return a file's ending, without that of its packing."""
+    return path.with_suffix("").suffix if path.suffix == PACKED else path.suffix
+
+
+def read(path: Path, columns: Sequence[str], option: str = "task.path") -> list[dict[str, Any]]:
+    """Return the rows of a json, jsonl, csv or parquet file; raises InputError where it can't be used.
+
+    A CSV's cells stay text. All but parquet, which is packed in itself, may be packed by gzip (.gz).
+    """
+    kind = _kind(path)
+    reader = READERS.get(kind)
+    if reader is None or (reader == "parquet" and path.suffix == PACKED):
+        raise InputError(
+            f"{option}={path}: {path.suffix or 'no ending'} is unknown; one of {', '.join(READERS)}, "
+            f"the first four also with {PACKED} behind"
+        )
+    import pandas as pd
+    from datasets import Dataset
+
+    try:
+        if reader == "csv":
+            separator = "\t" if kind == ".tsv" else ","
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, sep=separator)  # unpacks by itself
+            rows = Dataset.from_pandas(table, preserve_index=False).to_list()
+        elif reader == "json":
+            rows = _json_rows(path)
+        else:
+            rows = Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        raise InputError(f"{option}={path} can't be read: {_line(error)}") from error
+    _check(rows, columns, f"{option}={path}")
+    return rows
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a list of objects, or an object a line, with the values as they are."""
+    import gzip
+    import json
+
+    content = path.read_bytes()
+    text = (gzip.decompress(content) if path.suffix == PACKED else content).decode("utf-8")
+    if _kind(path) == ".json" and text.lstrip().startswith("["):
+        rows = json.loads(text)
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("expected an object a line, or a list of objects")
+    return rows
+
+
+def _from_hub(published: Published, option: str) -> list[dict[str, Any]]:
+    """Load a split from the hub, or from what `datasets` has cached of it where the hub can't be reached."""
+    import datasets
+    import huggingface_hub
+
+    before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    offline = any(before)
+    if not offline:
+        try:
+            huggingface_hub.HfApi().dataset_info(published.name, timeout=PATIENCE)
+        except huggingface_hub.errors.HfHubHTTPError as error:
+            log.debug("The hub refuses %s: %s", published.name, _line(error))  # loading will tell why
+        except Exception as error:  # noqa: BLE001  # its class changes with the hub's HTTP library
+            log.debug("The hub does not answer for %s: %s", published.name, _line(error))
+            offline = True
+    try:
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
+        rows = datasets.load_dataset(published.name, published.config, split=published.split).to_list()
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(
+            f"the data set {published.name} ({published.split}) can't be had from the hub ({_line(error)}): "
+            f"connect to the network, or give a local copy with {option}=<file or folder> (json, jsonl, csv "
+            f"or parquet with the columns {', '.join(published.columns)})"
+        ) from error
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+    _check(rows, published.columns, published.name)
+    return rows
+
+
+def _check(rows: Sequence[dict[str, Any]], columns: Sequence[str], what: str) -> None:
+    if not rows:
+        raise InputError(f"{what} has no rows")
+    for number, row in enumerate(rows, start=1):
+        missing = [name for name in columns if row.get(name) is None]
+        if missing:
+            raise InputError(
+                f"{what}, row {number}: the columns {', '.join(missing)} are missing or empty; it has "
+                f"{', '.join(map(str, row))}; needed: {', '.join(columns)}"
+            )
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

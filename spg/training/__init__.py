@@ -1,0 +1,1 @@
+"""Reinforcement learning of a policy, one run at a time."""

@@ -1,0 +1,172 @@
+"""Weights shared out among the processes of a run: `trainer=fsdp`, for full fine-tuning of large models.
+
+Each process owns a slice of every float32 weight, with that slice's gradient and optimizer state (PyTorch's
+`fully_shard`). What the network computes with is gathered after each optimizer step, in the precision of
+the computation, and stays whole up to the next step: processes decode different prompts and stop at
+different steps, so that an exchange inside a forward pass would wait for one that never comes. Backward
+passes alone exchange: a layer's gradient is averaged and sliced as soon as it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from spg.models.policy import Policy
+
+
+class Sharded(ModelParallelStrategy):
+    """Lightning's strategy for a module with a `policy`, whose network's weights are sliced.
+
+    timeout: how long a process waits for the others. Checkpoints hold whole tensors, as those of `ddp` do.
+    What gathers must be called by all processes: every method here but those that load.
+    """
+
+    # the weights of a checkpoint are filled in before `setup` slices them
+    restore_checkpoint_after_setup = False
+    lightning_restore_optimizer = True
+
+    def __init__(self, timeout: timedelta) -> None:
+        super().__init__(save_distributed_checkpoint=False, timeout=timeout)
+        self.parts: list[FSDPModule] = []
+
+    def setup_environment(self) -> None:
+        """Join the processes, all of which share in every weight."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_processes, 1
+        super().setup_environment()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Slice the weights, make the optimizer of the slices, and gather what the network computes with."""
+        assert self.accelerator is not None
+        assert self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        policy: Policy = self.lightning_module.policy
+        lower = torch.bfloat16 if policy.precision == "bf16-mixed" else None
+        # inputs are not cast: rotary tables are of full precision
+        numbers = MixedPrecisionPolicy(lower, torch.float32, cast_forward_inputs=False)
+        mesh = self.device_mesh["data_parallel"]
+        modules = [*policy.network.layers, policy.network]
+        self.parts = [
+            fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=numbers)
+            for module in modules
+        ]
+        for part in self.parts:
+            part.set_reshard_after_backward(False)
+        register_fsdp_forward_method(policy.network, "hidden")
+        self.model_to_device()
+        self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        self.gather()
+
+    def gather(self) -> None:
+        """Gather the weights anew from their slices."""
+        for part in self.parts:
+            part.reshard()
+            part.unshard()
+
+    @contextmanager
+    def sliced(self) -> Iterator[None]:
+        """Show the slices as the network's parameters for the time of a `with` block, then gather them."""
+        for part in self.parts:
+            part.reshard()
+        yield
+        self.gather()
+
+    def slices(self) -> dict[str, Tensor]:
+        """Return copies of this process's slices, by their parameters' names in the module."""
+        assert self.lightning_module is not None
+        with self.sliced():
+            return {n: p.detach().clone() for n, p in self.lightning_module.named_parameters()}
+
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill the parameters that `tensors` names, with whole tensors or with what `slices` returned."""
+        assert self.lightning_module is not None
+        with self.sliced():
+            for name, parameter in self.lightning_module.named_parameters():
+                if name in tensors:
+                    parameter.copy_(_slice_of(tensors[name], parameter))
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Change the slices, then gather the weights anew."""
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self.gather()
+        return result
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the module's whole tensors on the CPU of the first process; nothing on the others."""
+        assert self.lightning_module is not None
+        with self.sliced():
+            state = self.lightning_module.state_dict()
+            return self._whole(state)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the optimizer's state as a single process's would be, on the first process."""
+        state = (optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
+        entries = {number: self._whole(entry) for number, entry in state["state"].items()}
+        return {**state, "state": entries}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Fill the module's weights, which are not sliced yet."""
+        assert self.lightning_module is not None
+        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take this process's slices of a whole optimizer state."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            entries = {
+                number: {name: _slice_of(value, parameters[number]) for name, value in entry.items()}
+                for number, entry in state["state"].items()
+            }
+            optimizer.load_state_dict({**state, "state": entries})
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint, page by page as it is used: every process of a machine reads the same file."""
+        checkpoint: dict[str, Any] = torch.load(
+            checkpoint_path, map_location="cpu", weights_only=weights_only, mmap=True
+        )
+        return checkpoint
+
+    def _whole(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Return whole tensors on the CPU of the first process, one after the other; nothing elsewhere."""
+        kept = {}
+        for name, value in tensors.items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if self.is_global_zero:
+                kept[name] = whole.cpu() if isinstance(whole, Tensor) else whole
+        return kept
+
+
+def _slice_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return this process's slice of a whole tensor [...], where `like` is sliced and of its shape."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:
+        return tensor
+    # a view would keep the whole tensor
+    sliced = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return sliced.clone()

@@ -1,0 +1,144 @@
+"""Where metrics go: metrics.csv, always, and Weights & Biases where it is asked for."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from spg.core.errors import RunError
+from spg.core.files import read_csv
+
+log = logging.getLogger(__name__)
+
+
+class MetricsCSV(Logger):
+    """Writes one row an update to `<folder>/metrics.csv`; columns appear as metrics do.
+
+    Metrics logged for the same step share a row. A row is on disk as soon as a later step is logged,
+    `save` is called or the run ends.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self._columns: list[str] = []
+        self._row: dict[str, Any] = {}
+
+    def cut(self, update: int) -> None:
+        """Go on after `update`: later rows are dropped, and columns that only they had.
+
+        Raises RunError where the file does not reach that far.
+        """
+        kept = self.up_to(update)
+        self._columns = [name for name in kept[0] if name == "update" or any(row[name] for row in kept)]
+        self._write([{name: row[name] for name in self._columns} for row in kept])
+
+    def up_to(self, update: int) -> list[dict[str, str]]:
+        """Return the rows up to that of `update`; raises RunError where there is none."""
+        rows = read_csv(self.path) if self.path.is_file() else []
+        last = next((i for i, row in enumerate(rows) if row["update"] == str(update)), None)
+        if last is None:
+            raise RunError(
+                f"{self.path} has no row of update {update}, where the checkpoint stands; it was cut or "
+                "belongs to another run: put it back, or start a new run"
+            )
+        return rows[: last + 1]
+
+    @property
+    def name(self) -> str:
+        """Name of the logger."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """Version of the run; the folder is its own."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """Folder of the file."""
+        return str(self.path.parent)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the resolved configuration lies beside the file."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add metrics to the row of `step`."""
+        if self._row and self._row["update"] != step:
+            self._append()
+        self._row |= {"update": step, **metrics}
+
+    def save(self) -> None:
+        """Put all rows on the disk, the pending one too, which is then closed."""
+        self._append()
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def _append(self) -> None:
+        """Append the pending row; a row with new columns has the file written anew."""
+        if not self._row:
+            return
+        new = [name for name in self._row if name not in self._columns]
+        if new:
+            rows = read_csv(self.path) if self._columns else []
+            self._columns += new
+            self._write(rows)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._columns).writerow(self._row)
+        self._row = {}
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        staged = self.path.with_suffix(".csv.tmp")
+        with staged.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(staged, self.path)
+
+    def finalize(self, status: str) -> None:
+        """Write what is pending."""
+        self.save()
+
+
+def wandb_logger(
+    project: str, entity: str | None, folder: str | Path, config: Any, group: str | None = None
+) -> WandbLogger:
+    """Return a W&B logger for a run in `folder`: online with an account, offline without.
+
+    The run's id lies in `<folder>/wandb_id`, so that a resumed run goes on in W&B too. group: the
+    multirun that the run belongs to. WANDB_MODE and WANDB_API_KEY are respected as W&B defines them;
+    nothing is ever asked for.
+    """
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    wandb.setup()  # so that it is silent from here on
+    wandb.finish()  # the run before in this process, in a multirun: W&B would go on with that one
+    offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
+    if offline:
+        log.info("W&B: no account found, logging offline; to send it: wandb sync %s/wandb/offline-*", folder)
+    mode = {"mode": "offline"} if offline else {}
+    known = Path(folder, "wandb_id")
+    if not known.is_file():
+        known.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+    name = Path(folder).name if group is None else f"{group}/{Path(folder).name}"
+    logger = WandbLogger(
+        name=name,
+        save_dir=str(folder),
+        project=project,
+        entity=entity,
+        id=known.read_text(encoding="utf-8").strip(),
+        group=group,
+        resume="allow",  # offline it is noted for `wandb sync`, which then appends what was resumed
+        **mode,
+    )
+    logger.experiment.config.update(config, allow_val_change=True)
+    return logger

@@ -1,0 +1,82 @@
+"""A number that is none, seen again: the file that a stopped run left, computed anew."""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+from rich.text import Text
+
+from spg.algorithms.objectives import Adaptive
+from spg.config import ConfigError
+from spg.core.console import console
+from spg.core.types import Experience, MaskedSamples, Rollout
+from spg.training.module import Training
+from spg.training.run import build_module
+
+log = logging.getLogger(__name__)
+
+
+def reproduce(path: Path) -> bool:
+    """Compute the rewards, or the loss and its gradient, of the file `path` and show the sequences.
+
+    Returns whether something was not finite again. Raises ConfigError where the file is no such file.
+    """
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True)
+        what, update, config = record["what"], record["update"], record["config"]
+    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"{path} is no file that a stopped run left ({error})") from error
+    cfg = OmegaConf.create(config)
+    assert isinstance(cfg, DictConfig)
+    torch.set_num_threads(cfg.trainer.threads)
+    module = build_module(cfg)
+    module.updates, module.rollouts = update - 1, record["rollout"]
+    if isinstance(module.objective, Adaptive):
+        module.objective.restore(record.get("objective", {}))
+    missing = module.policy.load_state_dict(record["weights"], strict=False).unexpected_keys
+    if missing:
+        raise ConfigError(f"{path} does not fit the model of its configuration: {missing[0]}")
+    module.policy.train("old" not in module.objective.needs)  # as in the update
+    log.info("%s of update %d, as the run computed it: not finite", what, update)
+    table = Table(
+        "completion", "reward", "advantage", "lowest log-prob.", title="Sequences, the bad ones marked *"
+    )
+    seen = False
+    for part in record["parts"]:
+        seen |= _again(module, part, table)
+    console.print(table)
+    log.info("Not finite again: %s", "yes" if seen else "no")
+    return seen
+
+
+def _again(module: Training, part: dict[str, Any], table: Table) -> bool:
+    fields = dict(part["experience"])
+    experience = Experience(**{**fields, "rollout": Rollout(**fields["rollout"])})
+    rollout = experience.rollout
+    samples, logps, loss, old = None, None, 0.0, part.get("old")
+    if part["samples"] is not None:
+        samples = MaskedSamples(**part["samples"])
+        with torch.no_grad():
+            pieces = module.pieces_of(experience, samples)
+            logps = module.all_logps(experience, samples, pieces).masked_fill(~samples.scored, 0.0)
+            reference = module.reference_logps(experience, samples, pieces)
+            value, _ = module.objective(logps, samples, experience, None, reference, old)
+        loss = float(value)
+        log.info("loss %s", loss)
+    bad = set() if samples is None else set(module.culprits(experience, samples, old))
+    for row, text in enumerate(rollout.texts):
+        again = sum(module.task.reward(rollout.examples[row], text).values())
+        if samples is None and not math.isfinite(again):
+            bad.add(row)
+        lowest = "-" if logps is None else f"{float(logps[row].min()):.2f}"
+        mark = "* " if row in bad else "  "
+        shown = Text(mark + " / ".join(text.split("\n")))
+        table.add_row(shown, f"{again:.3f}", f"{float(experience.advantages[row]):+.3f}", lowest)
+    return bool(bad) or not math.isfinite(loss)
