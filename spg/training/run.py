@@ -24,7 +24,7 @@ from spg.core.console import console, take_over_logging
 from spg.core.errors import InputError, Interrupted, RunError
 from spg.core.memory import keep_freed_memory
 from spg.models.weights import read_checkpoint, save_tensors, save_weights
-from spg.reports.plots import curve
+from spg.reports.plots import plot_run
 from spg.rollout.decoder import Decoder
 from spg.rollout.preferences import Preferences, Recorded
 from spg.rollout.prompt_order import PromptStream
@@ -354,7 +354,7 @@ def _finish(
     }
     write_json(folder / "summary.json", summary)
     title = f"{module.task.name}, {summary['n']} examples a half, seed {cfg.seed}"
-    curve(folder, title)
+    plot_run(folder, title)
     show_summary(summary, folder)
 
 
