@@ -146,8 +146,8 @@ def configuration() -> str:
         "# Configuration",
         "",
         "This page is made from the files in `conf/` and their comments. "
-        "`python -m spg.<command> --help` prints the same. [Train](../guide/train.md#configuration) says how the "
-        "files are put together.",
+        "`python -m spg.<command> --help` prints the same. [Train](../guide/train.md#configuration) says how "
+        "the files are put together.",
         "",
         "## Commands",
         "",
@@ -173,7 +173,8 @@ def configuration() -> str:
         if group.startswith(("experiment", "tuned")):
             continue  # they set keys of other groups
         for path in files:
-            prefix = "" if "@package _global_" in path.read_text(encoding="utf-8") else f"{group.replace('/', '.')}."
+            at_root = "@package _global_" in path.read_text(encoding="utf-8")
+            prefix = "" if at_root else f"{group.replace('/', '.')}."
             rows = table(path, prefix)
             if rows:
                 lines += [f"### {group}={path.stem}", "", *rows]
