@@ -66,8 +66,8 @@ def make(cfg: DictConfig, output: Path) -> None:
     import torch
 
     from spg.rollout.decoder import Decoder
-    from spg.rollout.preferences import make_pairs
     from spg.rollout.prompt_order import PromptStream
+    from spg.rollout.recorded import make_pairs
     from spg.tasks.base import Task
     from spg.training.pretraining import build_policy, check_device, check_reads
 

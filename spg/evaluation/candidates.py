@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from spg.config import ConfigError, build
 from spg.core.errors import InputError, RunError
+from spg.core.examples import Example
 from spg.evaluation.generations import Item, Line, Source, Subject
 from spg.evaluation.sources import BASE, DECODING, fingerprints, saved_by
 from spg.models.lora import check_fits
@@ -22,7 +23,7 @@ from spg.models.weights import load_checkpoint, load_weights
 from spg.rollout.collect import complete
 from spg.rollout.decoder import Decoder
 from spg.runs.directory import of_this_version
-from spg.tasks.base import Example, Task
+from spg.tasks.base import Task
 from spg.training.pretraining import base_name, build_policy, check_device, check_reads
 
 log = logging.getLogger(__name__)

@@ -27,6 +27,7 @@ from spg.algorithms.estimators import ELBO
 from spg.algorithms.masking import Random
 from spg.config import ConfigError, build
 from spg.core.errors import InputError
+from spg.core.examples import Example
 from spg.core.seeding import derive_seed
 from spg.core.types import Rollout
 from spg.models.hub import CONFIG, WEIGHTS, config_fields, folder_of, sizes
@@ -38,7 +39,7 @@ from spg.models.weights import load_published, load_weights, save_weights
 from spg.rollout.collect import Evaluation, evaluate
 from spg.rollout.decoder import Decoder, through_first
 from spg.rollout.prompt_order import PromptStream
-from spg.tasks.base import Example, Task
+from spg.tasks.base import Task
 
 log = logging.getLogger(__name__)
 

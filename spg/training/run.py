@@ -26,11 +26,12 @@ from spg.core.memory import keep_freed_memory
 from spg.models.weights import read_checkpoint, save_tensors, save_weights
 from spg.reports.plots import curve
 from spg.rollout.decoder import Decoder
-from spg.rollout.preferences import Preferences, Recorded
 from spg.rollout.prompt_order import PromptStream
+from spg.rollout.recorded import Recorded, check_pairs
 from spg.runs.directory import git_commit, identity, versions, write_config
 from spg.runs.status import read_status, write_json, write_status
 from spg.tasks.base import Task
+from spg.tasks.preferences import Preferences
 from spg.training.callbacks import (
     MOMENTS,
     BeforeAndAfter,
@@ -85,7 +86,7 @@ def build_module(cfg: DictConfig, task: Task | None = None) -> Training:
     sampler: Decoder = build(cfg.decoding)
     if isinstance(task, Preferences):
         sampler = Recorded(sampler.gen_length)
-        task.check(policy, sampler)
+        check_pairs(policy, sampler, task)
     return Training(
         policy=policy,
         task=task,

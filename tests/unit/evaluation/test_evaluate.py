@@ -23,11 +23,11 @@ from spg import config
 from spg.cli import evaluate, launch
 from spg.config import ConfigError
 from spg.core.console import console
-from spg.core.errors import InputError, Interrupted
+from spg.core.errors import InputError
 from spg.core.statistics import wilson
 from spg.evaluation import candidates as completing
 from spg.evaluation import results, sources
-from spg.evaluation.generations import Generations, read_saved, scored
+from spg.evaluation.generations import Generations, read_saved
 from spg.rollout import collect
 from spg.runs import directory as runs
 from spg.runs.status import at_work, read_status, write_json, write_status
@@ -677,24 +677,6 @@ def test_the_words_of_a_selection_fit_the_split(rule: str, split: str, scored_on
     words = results.chosen_on(rule, split)
     assert scored_on in words
     assert ("the items it was chosen on are among those scored" in words) is among
-
-
-def test_several_are_scored_at_once_in_their_order() -> None:
-    def slow(example: Any, text: str) -> str:
-        time.sleep(0.05 if example["n"] % 2 else 0.1)
-        return f"{example['n']}{text}"
-
-    examples, texts = [{"n": n} for n in range(8)], list("abcdefgh")
-    started = time.perf_counter()
-    assert scored(slow, examples, texts, 8) == [f"{n}{text}" for n, text in enumerate(texts)]
-    assert time.perf_counter() - started < 0.5
-    assert scored(slow, examples[:2], texts[:2], 1) == ["0a", "1b"]
-
-    def stopped(example: Any, text: str) -> str:
-        raise Interrupted("now")
-
-    with pytest.raises(Interrupted):
-        scored(stopped, examples, texts, 2)
 
 
 def test_a_multirun_ends_with_one_table_and_does_only_what_is_left(trained: Path, tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from spg.models.qwen3 import Qwen3Diffusion, Qwen3DiffusionConfig
 from spg.models.weights import load_checkpoint, load_published, load_weights
 from spg.runs import directory as runs
 from spg.runs.status import write_status
-from spg.training.pretraining import build_policy
 from spg.training import pretraining
+from spg.training.pretraining import build_policy
 from tests.helpers import command, run, small_policy, train_here
 
 SHORT = ("trainer.max_updates=4", "task.eval_size=4", "optimizer.lr=1e-2")
