@@ -6,18 +6,16 @@ generations.jsonl grows by a batch at a time, and what it holds is not done agai
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spg.config import ConfigError, build
-from spg.core.console import console, take_over_logging
+from spg.core.console import take_over_logging
 from spg.core.errors import InputError
+from spg.core.progress import Progress
 from spg.core.statistics import wilson
 from spg.evaluation import sources
 from spg.evaluation.generations import Generations, Item, Line, Source, Subject, line_of, read_saved
@@ -28,9 +26,6 @@ from spg.tasks.base import Task
 from spg.tasks.scoring import score_all
 
 log = logging.getLogger(__name__)
-
-# seconds between lines that tell the progress where standard output is no terminal
-QUIET = 30.0
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -106,8 +101,8 @@ def work_through(subject: Subject, file: Generations, task: Task, batch_size: in
     if not left:
         return
     subject.ready()
-    there = [line["measures"]["accuracy"] for line in file.of(subject.name)]
-    with _progress(subject.name, len(subject.items), there) as advance:
+    accuracies = [line["measures"]["accuracy"] for line in file.of(subject.name)]
+    with Progress(subject.name, total=len(subject.items), completed=len(accuracies)) as progress:
         for batch, wanted in zip(batches, missing, strict=True):
             if not wanted:
                 continue
@@ -122,43 +117,14 @@ def work_through(subject: Subject, file: Generations, task: Task, batch_size: in
                     for item, answer, measured in zip(wanted, answers, measures, strict=True)
                 ]
             )
-            advance([measured["accuracy"] for measured in measures])
+            accuracies += [measured["accuracy"] for measured in measures]
+            progress.update(len(accuracies), _accuracy_in_words(accuracies))
 
 
-@contextmanager
-def _progress(name: str, total: int, accuracies: list[float]) -> Iterator[Callable[[Sequence[float]], None]]:
-    """Show how far a subject is, its accuracy and the time left; yield what takes a batch's accuracies.
-
-    Where standard output is no terminal, a line now and then tells it.
-    """
-    progress = Progress(
-        TextColumn("{task.description}"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    before, started = len(accuracies), time.monotonic()
-    told = started
-    bar = progress.add_task(name, total=total, completed=before, figures="first batch ...")
-
-    def advance(more: Sequence[float]) -> None:
-        nonlocal told
-        accuracies.extend(more)
-        done, now = len(accuracies), time.monotonic()
-        low, high = wilson(round(sum(accuracies)), done)
-        words = f"accuracy {percent(sum(accuracies) / done)} ± {100 * (high - low) / 2:.1f}"
-        progress.update(bar, completed=done, figures=words)
-        if progress.disable and now - told > QUIET and done < total:
-            told = now
-            seconds = (now - started) / (done - before) * (total - done)
-            log.info("%s: %d of %d, %s, %.0f s left", name, done, total, words, seconds)
-
-    with progress:
-        yield advance
+def _accuracy_in_words(accuracies: Sequence[float]) -> str:
+    n = len(accuracies)
+    low, high = wilson(round(sum(accuracies)), n)
+    return f"accuracy {percent(sum(accuracies) / n)} ± {100 * (high - low) / 2:.1f}"
 
 
 def _same_source(made_with: dict[str, Any], folder: Path, begun: bool) -> None:

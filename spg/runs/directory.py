@@ -23,8 +23,8 @@ from spg import __version__, config
 from spg.config import CONF_DIR, ConfigError
 from spg.core.errors import InputError, Interrupted, RunError
 from spg.core.files import write_text
-from spg.training.launching import rank
 from spg.runs.status import LEFT_ALONE, STOPPING, InUseError, at_work, read_status, write_status
+from spg.training.launching import rank
 
 log = logging.getLogger(__name__)
 

@@ -2,8 +2,7 @@
 
 What holds depends on what the kernel grants here, and is asked of it once: namespaces with an unused user
 id (as root) or a user namespace (as any user). Where neither can be had, no program is run unless the user
-asks for less: `isolation=user_id`, an unused user id alone, or `none`.
-`spg.sandbox.guest` is what runs inside.
+asks for less: `isolation=user_id`, an unused user id alone, or `none`. `spg.sandbox.guest` runs inside.
 """
 
 from __future__ import annotations

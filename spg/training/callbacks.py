@@ -66,7 +66,7 @@ class Interruption(pl.Callback):
     ) -> None:
         """Stop, if any process was asked to."""
         assert isinstance(module, Training)
-        self.asked = bool(module.gathered(torch.tensor([self.asked], device=module.device).long()).any())
+        self.asked = bool(module.world.gather(torch.tensor([self.asked], device=module.device).long()).any())
         if self.asked:
             trainer.should_stop = True
 
@@ -120,7 +120,7 @@ class Validation(_Every):
         """Evaluate the base model, unless the run goes on."""
         super().on_train_start(trainer, module)
         assert isinstance(module, Training)
-        self.since = int(module.gathered(torch.tensor([self.since], device=module.device))[0])
+        self.since = int(module.world.gather(torch.tensor([self.since], device=module.device))[0])
         if not self.history:
             self.act(trainer, module)
 
