@@ -11,19 +11,16 @@ read from the source text, without torch:
 
 from __future__ import annotations
 
-import ast
 import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from spg.config import ConfigError, check, settle_paths
+from spg.config import ConfigError, check, parts, settle_paths
 from spg.core.errors import InputError
 from spg.core.hub import hub_answers, one_line
 
@@ -99,12 +96,12 @@ def sizes(target: str, fields: Mapping[str, Any], where: Path | str) -> dict[str
         InputError: if the fields describe another kind of model, or if a size is missing.
     """
     name = target.rpartition(".")[2]
-    declared = class_literals(target)
-    if "published_sizes" not in declared:
+    part = parts.read(target)
+    if part is None or not part.fact("published_sizes"):
         raise InputError(f"{where} can't be read for {name}; give model.weights=<a safetensors file> instead")
     other = [
         f"{field}={value} (not {' or '.join(map(str, allowed))})"
-        for field, allowed in declared.get("published_fixed", {}).items()
+        for field, allowed in part.fact("published_fixed", {}).items()
         if (value := _look_up(fields, field)) is not ABSENT and value not in allowed
     ]
     if other:
@@ -112,9 +109,9 @@ def sizes(target: str, fields: Mapping[str, Any], where: Path | str) -> dict[str
             f"{where} describes another model than {name}: {', '.join(other)}; choose that model "
             "(model=...), or another model.path"
         )
-    implied = declared.get("published_implied", {})
+    implied = part.fact("published_implied", {})
     found = {}
-    for size in declared["published_sizes"]:
+    for size in part.fact("published_sizes"):
         value = fields.get(size)
         found[size] = _implied(implied[size], fields) if value is None and size in implied else value
     missing = [size for size, value in found.items() if value is None]
@@ -123,40 +120,6 @@ def sizes(target: str, fields: Mapping[str, Any], where: Path | str) -> dict[str
             f"{where} is no config.json of {name}: it has no {', '.join(missing)}; choose the model that it "
             "describes (model=...), or another model.path"
         )
-    return found
-
-
-@cache
-def class_literals(target: str) -> dict[str, Any]:
-    """Return the literal class attributes of a class from its source text, {} if there is no such class.
-
-    Args:
-        target: Dotted name of the class. Its module is not imported.
-    """
-    module, _, name = target.rpartition(".")
-    try:
-        spec = find_spec(module)
-        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8")) if spec and spec.origin else None
-    except (ImportError, OSError, SyntaxError, ValueError):
-        return {}
-    found: dict[str, Any] = {}
-    bodies = (
-        [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
-        if tree
-        else []
-    )
-    for statement in (line for body in bodies for line in body):
-        if isinstance(statement, ast.AnnAssign) and statement.value is not None:
-            targets, value = [statement.target], statement.value
-        elif isinstance(statement, ast.Assign):
-            targets, value = statement.targets, statement.value
-        else:
-            continue
-        try:
-            literal = ast.literal_eval(value)
-        except ValueError:
-            continue
-        found |= {target.id: literal for target in targets if isinstance(target, ast.Name)}
     return found
 
 

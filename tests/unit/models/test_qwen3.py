@@ -282,7 +282,9 @@ def test_a_published_configuration_gives_the_sizes() -> None:
     ):
         hub.sizes(target, stretched, "here")
     with pytest.raises(InputError, match="it has no head_dim, rope_theta"):
-        hub.sizes(target, {**later, "head_dim": None, "hidden_size": None, "rope_parameters": None}, "here")
+        hub.sizes(
+            target, {**later, "head_dim": None, "num_attention_heads": "4", "rope_parameters": None}, "here"
+        )
 
 
 @pytest.mark.parametrize(
