@@ -18,6 +18,7 @@ from spg.config import ConfigError
 from spg.core.errors import InputError, Interrupted, RunError
 from spg.core.files import read_csv
 from spg.core.types import Experience
+from spg.models import hub
 from spg.models.llada import LLaDA, LLaDAConfig
 from spg.models.policy import Policy
 from spg.models.tokenizer import END_OF_TURN, EOS, MASK, PAD, byte_tokenizer
@@ -327,7 +328,7 @@ def test_the_commands_mistakes_are_answered_before_it_starts(tmp_path: Path) -> 
 def test_a_path_holds_in_another_directory_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file_of(tmp_path, PAIR)
     monkeypatch.chdir(tmp_path)
-    cfg = config.settle(OmegaConf.create({"preferences": {"path": "pairs.jsonl"}}))
+    cfg = hub.settle(OmegaConf.create({"preferences": {"path": "pairs.jsonl"}}))
     assert cfg.preferences.path == str(tmp_path / "pairs.jsonl")
 
 
