@@ -32,7 +32,8 @@ from spg.config import (
 from spg.core.console import take_over_logging
 from spg.core.errors import InputError, Interrupted, RunError
 from spg.core.files import DISK_FULL
-from spg.runs.multirun import show_jobs, write_runs
+from spg.reports.tables import show_jobs
+from spg.runs.multirun import write_runs
 from spg.runs.status import LEFT_ALONE, STOPPING, read_status, write_json
 
 log = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ from spg.config.help import show_help
 from spg.config.instances import build
 from spg.config.knobs import notes, unread_knobs
 from spg.config.names import is_known, keys, nearest
-from spg.config.options import CONF_DIR, group_choices, groups, saved, shipped, task_of_run
+from spg.config.options import CONF_DIR, group_choices, groups
 from spg.config.plan import Plan, preflight, sweep_folder
 from spg.config.renames import current, updated
-from spg.config.settling import settle
+from spg.config.saved import saved, settle_paths, shipped, task_of_run
 from spg.config.values import rules
 
 __all__ = [
@@ -43,7 +43,7 @@ __all__ = [
     "preflight",
     "rules",
     "saved",
-    "settle",
+    "settle_paths",
     "shipped",
     "show_help",
     "sweep_folder",

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spg.config.errors import ConfigError
 from spg.config.names import nearest
-from spg.config.options import shipped
+from spg.config.saved import shipped
 from spg.config.values import Node, check_values, nodes, part_at
 from spg.core.combinations import (
     check_group_size,

@@ -40,7 +40,7 @@ RENAMED: dict[str, str] = {
     "spg.objectives.grpo.GRPO": "spg.algorithms.objectives.grpo.GRPO",
     "spg.objectives.spg.SPG": "spg.algorithms.objectives.spg.SPG",
     "spg.objectives.wd1.WD1": "spg.algorithms.objectives.wd1.WD1",
-    "spg.preferences.Preferences": "spg.rollout.preferences.Preferences",
+    "spg.preferences.Preferences": "spg.tasks.preferences.Preferences",
 }
 
 
