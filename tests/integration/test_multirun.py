@@ -47,7 +47,7 @@ JOBS = {
 SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml") if path.stem != "tiny_sudoku")
 # prints what Hydra makes of a command line, a line a job, instead of training
 ONLY_TOLD = (
-    "from hydra.core.hydra_config import HydraConfig; from spg import launch\n"
+    "from hydra.core.hydra_config import HydraConfig; from spg.cli import launch\n"
     "launch.run('config', lambda cfg: print('job:', *HydraConfig.get().overrides.task))\n"
 )
 

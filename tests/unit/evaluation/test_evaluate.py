@@ -512,7 +512,7 @@ def test_settings_of_a_run_s_task_can_be_given_without_choosing_it(tmp_path: Pat
     for chosen in ([line, "task=sudoku"], [], ["run=missing"], [f"{line},missing"]):
         assert config.task_of_run(chosen) is None
     code = (
-        "from spg import config, evaluate, launch, runs\nimport sys\n"
+        "import sys\nfrom spg.cli import evaluate, launch\n"
         f"sys.argv = ['evaluate', '{line}', 'task.max_number=5', 'hydra.run.dir={tmp_path / 'e'}']\n"
         "evaluate.start = lambda cfg, folder: print(cfg.task.max_number, cfg.task.eval_size)\n"
         "launch.run('evaluate', evaluate.job)\n"
