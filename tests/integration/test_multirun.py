@@ -25,6 +25,7 @@ from spg.config import ConfigError
 from spg.runs import directory as runs
 from spg.runs.status import LEFT_ALONE, at_work, read_status, write_status
 from spg.training import run as training
+from tests import warm
 from tests.helpers import QUICK, ROOT, command, same_run
 
 # a job of about a second: four updates, two checkpoints
@@ -47,7 +48,7 @@ JOBS = {
 SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml") if path.stem != "tiny_sudoku")
 # prints what Hydra makes of a command line, a line a job, instead of training
 ONLY_TOLD = (
-    "from hydra.core.hydra_config import HydraConfig; from spg import launch\n"
+    "from hydra.core.hydra_config import HydraConfig; from spg.cli import launch\n"
     "launch.run('config', lambda cfg: print('job:', *HydraConfig.get().overrides.task))\n"
 )
 
@@ -56,7 +57,7 @@ Done = subprocess.CompletedProcess[str]
 
 def call(line: list[str], folder: Path = ROOT) -> Done:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(line, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    return warm.run(line, cwd=folder, env=environment)
 
 
 def multirun(folder: Path, *lines: str, fault: str | None = None) -> Done:
