@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from spg.config import ConfigError
-from spg.runs.directory import fingerprint
+from spg.runs.provenance import file_stamp
 
 # what tells how completions were decoded
 DECODING = (
