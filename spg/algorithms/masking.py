@@ -157,6 +157,9 @@ class Complementary(Drawn):
     ValueError where num_mc is odd.
     """
 
+    # for the configuration check: see spg.config.parts
+    draws_in_pairs = "complementary"
+
     def __init__(self, num_mc: int = 2, prompt_mask_prob: float = 0.0, region: str = "to_eos") -> None:
         super().__init__(num_mc, prompt_mask_prob, region)
         check_pairs(num_mc, "complementary")
@@ -178,6 +181,10 @@ class Trajectory(MaskingStrategy):
     the rollout's commit_logps. M is the largest number of such steps of a sequence; the others score nothing
     in the draws that they lack, nor need a forward pass for them.
     """
+
+    # for the configuration check: see spg.config.parts
+    fresh_each_update = False
+    needs_commit_steps = True
 
     def __init__(self, prompt_mask_prob: float = 0.0, region: str = "to_eos") -> None:
         super().__init__(prompt_mask_prob, region)
@@ -283,6 +290,9 @@ class BlockRandom(_BlockWise):
       needs no forward pass, and the first counts twice: every number in {1, ..., k} keeps its share of the
       pair, so that the mean over draws stays unbiased. num_mc is even, or ValueError is raised.
     """
+
+    # for the configuration check: see spg.config.parts
+    draws_in_pairs = {"draws": ("antithetic", "complementary")}  # noqa: RUF012
 
     def __init__(
         self,

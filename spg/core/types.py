@@ -7,12 +7,14 @@ position of every completion.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from spg.core.world import World
 
 
 def _rows(value: Any, index: Tensor) -> Any:
@@ -144,21 +146,19 @@ class Cohort:
         cls,
         experience: Experience,
         samples: MaskedSamples,
-        gathered: Callable[[Tensor], Tensor] = lambda rows: rows,
-        first: int = 0,
+        world: World | None = None,
     ) -> Cohort:
-        """Return the cohort of B sequences, this process's, which stand from row `first` on among all.
-
-        gathered: joins rows [B ...] of all processes, in order.
-        """
+        """Return the cohort of this process's B sequences; every process of `world` has as many."""
+        world = world or World()
         counts = [
             experience.rollout.group,
             samples.lengths,
             samples.scored.sum((1, 2)),
             samples.scored.any(-1).sum(-1),
         ]
-        group, lengths, scored, draws = gathered(torch.stack(counts, 1)).unbind(1)
-        advantages = gathered(experience.advantages)
+        group, lengths, scored, draws = world.gather(torch.stack(counts, 1)).unbind(1)
+        advantages = world.gather(experience.advantages)
+        first = world.rank * len(experience.advantages)
         own = slice(first, first + len(experience.advantages))
         return cls(group, advantages, lengths, scored, draws, own)
 

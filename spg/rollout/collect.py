@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from spg.algorithms.advantages import Advantage
 from spg.core import statistics
 from spg.core.seeding import derive_seed
 from spg.core.types import Experience, Rollout
+from spg.core.world import World
 from spg.evaluation.generations import scored
 from spg.models.policy import Policy
 from spg.rollout.decoder import Decoder, logp_difference
@@ -86,18 +86,19 @@ def collect(
     examples: Sequence[Example],
     group_size: int,
     seed: int,
-    first: int = 0,
-    gathered: Callable[[Tensor], Tensor] = lambda rows: rows,
+    world: World | None = None,
 ) -> tuple[Experience, Collected]:
     """Let the policy complete P examples `group_size` times, and score what it wrote.
 
-    first: number of the first example's group over all processes. gathered: joins the rows [B] of all
-    processes, since an advantage may depend on every reward; the result holds this process's.
+    The processes of `world` share the examples; a group never spans two of them. An advantage may depend on
+    every reward, those of the other processes included; the result holds this process's sequences.
     """
+    world = world or World()
+    first = world.stretch(len(examples)).start
     started = time.perf_counter()
     was_training = policy.training
     policy.eval()
-    done = rollout(policy, decoder, task, examples, group_size, seed, first)
+    done = rollout(policy, decoder, task, world.share(examples), group_size, seed, first)
     decoded = time.perf_counter()
     exact = decoder.cache == "none"
     apart = None if exact else logp_difference(policy, done, derive_seed(seed, "difference"))
@@ -106,7 +107,7 @@ def collect(
     parts = scored(task.reward, done.examples, done.texts, task.workers)
     reward_parts = {name: torch.tensor([p[name] for p in parts], device=policy.device) for name in parts[0]}
     rewards = torch.stack(list(reward_parts.values())).sum(0)
-    advantages = advantage(gathered(rewards).view(-1, group_size)).flatten()
+    advantages = advantage(world.gather(rewards).view(-1, group_size)).flatten()
     start = first * group_size
     experience = Experience(done, rewards, reward_parts, advantages[start : start + len(rewards)])
     ended = time.perf_counter()
@@ -138,24 +139,22 @@ def evaluate(
     examples: Sequence[Example],
     batch_size: int,
     seed: int = 0,
-    share: tuple[int, int] = (0, 1),
-    joined: Callable[[list[Any]], list[Any]] = lambda rows: rows,
+    world: World | None = None,
 ) -> Evaluation:
     """Decode each example once and measure the completions; `seed` matters above temperature 0.
 
-    share: number of this process and of all; each decodes its stretch of the examples, and `joined`
-    puts the lists of all processes one behind the other.
+    The processes of `world` share the examples; each of them gets the results of all.
     """
+    world = world or World()
     was_training = policy.training
     policy.eval()
-    number, processes = share
-    start, stop = (len(examples) * n // processes for n in (number, number + 1))
+    own = world.stretch(len(examples))
     rows: list[tuple[str, dict[str, float]]] = []
-    for at in range(start, stop, batch_size):
-        batch = examples[at : min(at + batch_size, stop)]
+    for at in range(own.start, own.stop, batch_size):
+        batch = examples[at : min(at + batch_size, own.stop)]
         texts = rollout(policy, decoder, task, batch, 1, seed, first=at).texts
         rows += zip(texts, scored(task.measure, batch, texts, task.workers), strict=True)
     policy.train(was_training)
-    rows = joined(rows)
+    rows = world.gather_items(rows)
     measures = {name: np.array([row[name] for _, row in rows]) for name in rows[0][1]}
     return Evaluation(measures, tuple(text for text, _ in rows), tuple(examples))

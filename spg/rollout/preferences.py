@@ -39,6 +39,9 @@ class Preferences:
     InputError, naming file and line, where the file or a line can't be used.
     """
 
+    # for the configuration check: see spg.config.parts
+    completions_per_prompt = 2
+
     def __init__(self, task: Task, path: str) -> None:
         self.task = task
         self.path = Path(path)

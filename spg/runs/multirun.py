@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from spg.core import statistics
 from spg.config import ConfigError
+from spg.core import statistics
 from spg.core.console import console
 from spg.core.files import read_csv, write_text
 

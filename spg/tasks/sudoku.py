@@ -217,6 +217,8 @@ class Sudoku:
 
     name = "sudoku"
     workers = 1
+    # for the configuration check: see spg.config.parts
+    ordered = (("min_empty", "max_empty"),)
 
     def __init__(
         self,

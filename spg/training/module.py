@@ -19,7 +19,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
@@ -33,6 +32,7 @@ from spg.core.errors import RunError
 from spg.core.limits import check_limits
 from spg.core.seeding import derive_seed
 from spg.core.types import Cohort, Experience, MaskedSamples
+from spg.core.world import World
 from spg.models.policy import Policy
 from spg.rollout.collect import Collected, Evaluation, collect, evaluate
 from spg.rollout.decoder import Decoder
@@ -136,25 +136,9 @@ class Training(pl.LightningModule):
             policy.keep_reference()
 
     @property
-    def processes(self) -> int:
-        """Number of processes that share the work."""
-        return 1 if self._trainer is None else self.trainer.world_size
-
-    def gathered(self, rows: Tensor) -> Tensor:
-        """Return the rows [B ...] of all processes, [N ...], in the order of their ranks."""
-        if self.processes == 1:
-            return rows
-        parts = [torch.empty_like(rows) for _ in range(self.processes)]
-        dist.all_gather(parts, rows.detach().contiguous())
-        return torch.cat(parts)
-
-    def joined(self, rows: list[Any]) -> list[Any]:
-        """Return the lists of all processes, one behind the other, in the order of their ranks."""
-        if self.processes == 1:
-            return rows
-        parts: list[list[Any]] = [[] for _ in range(self.processes)]
-        dist.all_gather_object(parts, rows)
-        return [row for part in parts for row in part]
+    def world(self) -> World:
+        """The processes that share the run."""
+        return World() if self._trainer is None else World(self.global_rank, self.trainer.world_size)
 
     def turns(self) -> Iterator[int]:
         """Yield the numbers of the rollouts that are left to do."""
@@ -163,19 +147,15 @@ class Training(pl.LightningModule):
 
     def training_step(self, turn: int, batch_idx: int) -> None:
         """Learn from one rollout (paper, Algorithm 1)."""
-        examples = self.prompts.examples(self.rollouts)
-        share = len(examples) // self.processes
-        first = self.global_rank * share
         experience, timing = collect(
             self.policy,
             self.sampler,
             self.task,
             self.advantage,
-            examples[first : first + share],
+            self.prompts.examples(self.rollouts),
             self.group_size,
             derive_seed(self.seed, "rollout", self.rollouts),
-            first,
-            self.gathered,
+            self.world,
         )
         metrics = self._rollout_metrics(experience, timing)
         if not math.isfinite(metrics["reward"]):
@@ -244,7 +224,7 @@ class Training(pl.LightningModule):
         computed = (learned.unsqueeze(-1) & samples.scored.any(-1)).sum()
         # over all processes: the shares of the loss, sequences learned from, their masked copies, figures
         sums = torch.stack([loss, learned.sum(), computed, *((f * learned).sum() for f in figures.values())])
-        total, count, copies, *rest = self.gathered(sums.unsqueeze(0)).sum(0).tolist()
+        total, count, copies, *rest = self.world.gather(sums.unsqueeze(0)).sum(0).tolist()
         for name, value in (("loss", total), ("gradient", float(norm))):
             if not math.isfinite(value):
                 raise self._non_finite(name, experience, samples, old)
@@ -261,7 +241,7 @@ class Training(pl.LightningModule):
         """Return how far the longest completion reaches that any process learns from, 1 or more."""
         region = samples.region & self.objective.learns_from(experience).unsqueeze(-1)
         reach = (torch.arange(1, region.shape[-1] + 1, device=region.device) * region).amax()
-        return max(1, int(self.gathered(reach.view(1)).max()))
+        return max(1, int(self.world.gather(reach.view(1)).max()))
 
     def backward_through(
         self, experience: Experience, samples: MaskedSamples, old: Tensor | None = None
@@ -320,8 +300,8 @@ class Training(pl.LightningModule):
 
         Where weights are sliced each of them does, so that every process makes as many as the others.
         """
-        if self.processes > 1:
-            most = int(self.gathered(torch.tensor([count], device=self.device)).max())
+        if self.world.size > 1:
+            most = int(self.world.gather(torch.tensor([count], device=self.device)).max())
             if self.sharded is None:
                 most = min(most, 1)  # the others wait for this process's gradients, once
             idle = max(0, most - count)
@@ -329,7 +309,7 @@ class Training(pl.LightningModule):
             count += idle
         for number, loss in enumerate(losses, start=1):
             with nullcontext() if number == count else self._unsynchronised():
-                self.manual_backward(loss * self.processes)  # ddp takes the mean
+                self.manual_backward(loss * self.world.size)  # ddp takes the mean
 
     def _nothing(self, experience: Experience, samples: MaskedSamples) -> Tensor:
         """Return a zero that depends on all weights: log-probabilities at one position, times 0."""
@@ -359,8 +339,7 @@ class Training(pl.LightningModule):
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
     def _cohort(self, experience: Experience, samples: MaskedSamples) -> Cohort:
-        first = self.global_rank * len(experience.rewards)
-        return Cohort.of(experience, samples, self.gathered, first)
+        return Cohort.of(experience, samples, self.world)
 
     def all_logps(
         self,
@@ -413,10 +392,10 @@ class Training(pl.LightningModule):
         }
         if timing.logp_difference is not None:
             own["sampling/logp_difference"] = timing.logp_difference
-        rows = self.gathered(torch.stack([row.float() for row in own.values()], 1))
+        rows = self.world.gather(torch.stack([row.float() for row in own.values()], 1))
         means = dict(zip(own, rows.mean(0).tolist(), strict=True))
         spread = rows[:, 0].view(-1, self.group_size).std(-1)
-        tokens = self.gathered(torch.tensor([timing.tokens], device=self.device)).sum()
+        tokens = self.world.gather(torch.tensor([timing.tokens], device=self.device)).sum()
         return {
             **means,
             "reward_std": float(spread.mean()),
@@ -437,14 +416,14 @@ class Training(pl.LightningModule):
         culprits = self.culprits(experience, samples, old)
         rollout = experience.rollout
         own = [(dict(rollout.examples[i]), rollout.texts[i], float(experience.rewards[i])) for i in culprits]
-        named = self.joined(own)
+        named = self.world.gather_items(own)
         state = self.saved()  # every process, also those that keep nothing
         record = {
             "what": what,
             "update": self.updates + 1,
             "rollout": self.rollouts,
             "weights": {name.removeprefix("policy."): tensor for name, tensor in state.items()},
-            "parts": self.joined(
+            "parts": self.world.gather_items(
                 [
                     {
                         "experience": asdict(experience),
@@ -515,8 +494,7 @@ class Training(pl.LightningModule):
             self.task,
             self.task.examples(split),
             self.eval_batch_size,
-            share=(self.global_rank, self.processes),
-            joined=self.joined,
+            world=self.world,
         )
         self.seconds["evaluation"] += time.perf_counter() - started
         return result

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from spg.core.world import World
 from spg.rollout.collect import evaluate
 from spg.rollout.decoder import Decoder
 from spg.runs import directory as runs
@@ -169,14 +171,22 @@ def test_shares_of_an_evaluation_cover_each_item_once(processes: int) -> None:
     whole = evaluate(policy, decoder, task, examples, 3, seed=5)
     shares: list[list] = []
 
-    def keep(rows: list) -> list:
-        shares.append(rows)
-        return [("", {"accuracy": 0.0})]
+    class Alone(World):
+        """One of several processes, without the others."""
 
-    for number in range(processes):
-        evaluate(policy, decoder, task, examples, 2, 5, (number, processes), keep)
-    rows = [row for share in shares for row in share]
-    joined = evaluate(policy, decoder, task, examples, 2, 5, (0, processes), lambda _: rows)
+        def gather_items(self, items: Sequence) -> list:
+            shares.append(list(items))
+            return [("", {"accuracy": 0.0})]
+
+    class Last(World):
+        """The process that gets what all have gathered."""
+
+        def gather_items(self, items: Sequence) -> list:
+            return [row for share in shares for row in share]
+
+    for rank in range(processes):
+        evaluate(policy, decoder, task, examples, 2, 5, Alone(rank, processes))
+    joined = evaluate(policy, decoder, task, examples, 2, 5, Last(0, processes))
     assert joined.texts == whole.texts
     assert joined.measures["accuracy"].tolist() == whole.measures["accuracy"].tolist()
 

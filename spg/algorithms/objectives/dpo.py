@@ -22,6 +22,10 @@ class DPO:
     Raises ValueError where the estimator's normalization is not elbo_weight.
     """
 
+    # for the configuration check: see spg.config.parts
+    needs_sums = True
+    completions_per_prompt = 2
+
     def __init__(self, estimator: LikelihoodEstimator, dpo_beta: float, sft_coef: float = 0.0) -> None:
         check_limits(dpo_beta=dpo_beta, sft_coef=sft_coef)
         check_sums(estimator.normalization, estimator.adaptive is not None, "DPO")

@@ -21,6 +21,9 @@ class ESPO:
     Raises ValueError where the estimator's normalization is not elbo_weight.
     """
 
+    # for the configuration check: see spg.config.parts
+    needs_sums = True
+
     def __init__(
         self,
         estimator: LikelihoodEstimator,

@@ -18,6 +18,9 @@ class WD1:
     Raises ValueError where the estimator's normalization is not elbo_weight.
     """
 
+    # for the configuration check: see spg.config.parts
+    needs_sums = True
+
     def __init__(
         self, estimator: LikelihoodEstimator, positive_only: bool = False, loss_norm: str = "group"
     ) -> None:

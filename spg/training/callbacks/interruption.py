@@ -58,6 +58,6 @@ class Interruption(pl.Callback):
     ) -> None:
         """Stop if any process was asked to."""
         assert isinstance(module, Training)
-        self.asked = bool(module.gathered(torch.tensor([self.asked], device=module.device).long()).any())
+        self.asked = bool(module.world.gather(torch.tensor([self.asked], device=module.device).long()).any())
         if self.asked:
             trainer.should_stop = True

@@ -38,7 +38,7 @@ class Validation(Periodic):
         """Evaluate the base model, unless the run goes on from a checkpoint."""
         super().on_train_start(trainer, module)
         assert isinstance(module, Training)
-        self.since = int(module.gathered(torch.tensor([self.since], device=module.device))[0])
+        self.since = int(module.world.gather(torch.tensor([self.since], device=module.device))[0])
         if not self.history:
             self.act(trainer, module)
 
