@@ -1,7 +1,7 @@
 """Which process of a run this is.
 
-A run of several processes starts them with their number in the environment, so that the question needs neither
-torch nor a process group.
+A run of several processes starts them with their number in the environment, so that the answer needs
+neither torch nor a process group.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from spg import config
 from spg.config import CONF_DIR, ConfigError
 
-# settings that a resumed run may change; threads and the two batch sizes change rounding at most, and the noise
-# of dropout
+# settings that a resumed run may change; threads and the batch sizes change rounding at most, and noise of
+# dropout
 CHANGEABLE = (
     "trainer.max_updates",
     "trainer.checkpoint_every",

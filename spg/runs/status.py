@@ -37,9 +37,9 @@ def write_status(folder: Path, **changes: Any) -> None:
 
 @contextmanager
 def record_failure(folder: Path) -> Iterator[None]:
-    """Write to the status of `folder` that the `with` block failed or was interrupted, and raise the error again.
+    """Write to the status of `folder` that a `with` block failed or was interrupted, if it does.
 
-    A finished run stays finished: the block failed before it changed anything.
+    The error is raised again. A finished run stays finished: the block failed before it changed anything.
     """
     try:
         yield

@@ -1,8 +1,8 @@
 """Several processes of one run on this machine: start the others, watch them, end them.
 
-Lightning finds its environment set and joins the processes to one group (strategy `ddp` or `fsdp`). The others
-are started here, as `python -m spg.train resume=<run>`. So each reads the configuration that the first one
-wrote, and if one dies, a message says what to do.
+Lightning finds its environment set and joins the processes to one group (strategy `ddp` or `fsdp`). The
+others are started here, as `python -m spg.train resume=<run>`. So each reads the configuration that the first
+one wrote, and if one dies, a message says what to do.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Processes:
     Args:
         arguments: Arguments of `python -m spg.train` for the other processes.
         count: Number of processes of the run, this one included.
-        abort: Called with a message if another process dies, after GRACE seconds in which this process may have
-            noticed and left the block by itself.
+        abort: Called with a message if another process dies, after GRACE seconds in which this process may
+            have noticed and left the block by itself.
 
     Raises:
         RunError: if another launcher has started this process as one of several.

@@ -59,8 +59,8 @@ def rewind_files(start: Start, folder: Path, validation: Validation) -> None:
     """Make the checkpoint of `start` the last one in `folder`, and best.ckpt agree with it.
 
     The files that are replaced are kept as replaced.ckpt and replaced-best.ckpt. At every moment last.ckpt is
-    a whole checkpoint. best.ckpt may be of a later update than the checkpoint knows: the run goes back, or was
-    killed between writing two files. Then the best is chosen among this update and later ones.
+    a whole checkpoint. best.ckpt may be of a later update than the checkpoint knows: the run goes back, or it
+    was killed between writing two files. Then the best is chosen among this update and later ones.
 
     Args:
         start: Where the run goes on from.

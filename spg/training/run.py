@@ -85,9 +85,7 @@ def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | No
     interruption = Interruption()
     validation = Validation(settings.validate_every)
     tested = BeforeAndAfter(saved / "best.ckpt", validation)
-    checkpoints = Checkpoints(
-        settings.checkpoint_every, saved, validation, interruption, settings.keep_every
-    )
+    checkpoints = Checkpoints(settings.checkpoint_every, saved, validation, interruption, settings.keep_every)
     callbacks: list[pl.Callback] = [interruption, tested, validation, checkpoints]
     loggers: list[Logger] = []
     if first:
@@ -120,10 +118,8 @@ def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | No
     return interruption.asked
 
 
-def _rewind(
-    module: Training, start: Start, run: Run, metrics: MetricsCSV, validation: Validation
-) -> None:
-    """Set module, metrics and checkpoint files back to `start`; raise before anything changes if it can't be."""
+def _rewind(module: Training, start: Start, run: Run, metrics: MetricsCSV, validation: Validation) -> None:
+    """Set module, metrics and files back to `start`; raise RunError before anything is written."""
     module.on_load_checkpoint(start.state)
     metrics.up_to(module.updates)
     rewind_files(start, run.folder / "checkpoints", validation)

@@ -19,8 +19,8 @@ class Validation(Periodic):
 
     Attributes:
         history: The validations so far, each as (update, accuracy).
-        since: First update whose checkpoint may be the best one: a run that goes back to an earlier checkpoint
-            has lost the checkpoints before it.
+        since: First update whose checkpoint may be the best one. A run that goes back to an earlier
+            checkpoint may have lost the best one before it.
     """
 
     def __init__(self, every: int) -> None:

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from spg import config
 from spg.cli import evaluate, launch
+from spg.cli.train import resume
 from spg.config import ConfigError
 from spg.core.console import console
 from spg.core.errors import InputError, Interrupted
@@ -30,7 +31,8 @@ from spg.evaluation import results, sources
 from spg.evaluation.generations import Generations, read_saved, scored
 from spg.rollout import collect
 from spg.runs import directory as runs
-from spg.runs.status import at_work, read_status, write_json, write_status
+from spg.runs.identity import OtherRunError
+from spg.runs.status import lock, read_status, write_json, write_status
 from spg.tasks.sudoku import Sudoku
 from spg.training import pretraining
 from spg.training import run as training
@@ -435,10 +437,10 @@ def test_a_finished_job_whose_run_went_on_is_left_alone(trained: Path, tmp_path:
     before = read(job)
     evaluate.sweep_job(cfg, job, {})
     (tmp_path / "run" / "checkpoints" / "best.ckpt").touch()
-    with pytest.raises(runs.OtherRunError, match=r"figures of checkpoints/best\.ckpt as it was before"):
+    with pytest.raises(OtherRunError, match=r"figures of checkpoints/best\.ckpt as it was before"):
         evaluate.sweep_job(cfg, job, {})
     (tmp_path / "run" / "weights.safetensors").unlink()
-    with pytest.raises(runs.OtherRunError, match=r"checkpoints/last\.ckpt, weights\.safetensors"):
+    with pytest.raises(OtherRunError, match=r"checkpoints/last\.ckpt, weights\.safetensors"):
         evaluate.sweep_job(cfg, job, {})
     assert read(job) == before
 
@@ -533,7 +535,7 @@ def test_a_folder_that_can_t_be_written_is_one_line(
         told = capsys.readouterr().err
         assert told.startswith("hydra.run.dir: nothing can be written there")
         assert told.count("\n") == 1
-        with pytest.raises(InputError, match="can't be written to"), at_work(folder):
+        with pytest.raises(InputError, match="can't be written to"), lock(folder):
             pass
 
 
@@ -560,7 +562,7 @@ def test_what_can_t_go_on_is_refused(whole: Path, trained: Path, tmp_path: Path)
     with pytest.raises(ConfigError, match="is no evaluation's directory"):
         evaluate.resume(str(trained), [])
     with pytest.raises(ConfigError, match="is no run's configuration"):
-        runs.resume(str(whole), [])
+        resume(str(whole), [])
     cut(whole, tmp_path / "cut", 3, half=False)
     with pytest.raises(ConfigError, match=r"a run goes on with its own settings \(seed=0"):
         evaluate.resume(str(tmp_path / "cut"), ["seed=1"])
