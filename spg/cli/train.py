@@ -57,10 +57,11 @@ def train(run: Run) -> bool:
     if cfg.trainer.devices > 1 or run.group is not None:
         # threads that wait spinning are fast alone, and starve those of other processes on the same cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from spg.models.factory import check_device
     from spg.training.assembly import build_module, load_task
     from spg.training.failures import explain_failures
     from spg.training.launching import Processes, prepare_process
-    from spg.training.pretraining import base_weights, check_device
+    from spg.training.pretraining import ensure_base_weights
     from spg.training.resumption import latest_checkpoint, read_start
     from spg.training.run import fit
     from spg.training.settings import TrainerSettings
@@ -79,7 +80,7 @@ def train(run: Run) -> bool:
         check_device(cfg)
         task = load_task(cfg)  # if data are missing, no base weights need to be made
         if rank() == 0 and cfg.model.weights == "base":
-            base_weights(cfg)  # made once, and not by each process
+            ensure_base_weights(cfg)  # made once, and not by each process
         with Processes([f"resume={checkpoint or folder}", *run.changes], settings.devices, abort):
             start = read_start(checkpoint)
             return fit(build_module(cfg, task), run, settings, start)

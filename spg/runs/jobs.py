@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from spg import config
 from spg.core.errors import InputError, Interrupted, RunError
+from spg.models import hub
 from spg.runs.directory import read_config, write_config
 from spg.runs.identity import OtherRunError, check_same, identity
 from spg.runs.lifecycle import Run, Train, begin, work
@@ -40,7 +41,7 @@ def train_job(
 
     def do() -> bool:
         config.check(cfg)
-        own = config.settle(cfg)
+        own = hub.settle(cfg)
         fresh = not (folder / "config.yaml").exists()
         if fresh:
             begin(own, folder, overrides)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from spg import config
 from spg.config import ConfigError
 from spg.core.process import rank
+from spg.models import hub
 from spg.runs.directory import log_to, read_config, write_config
 from spg.runs.identity import apply_changes
 from spg.runs.status import lock, read_status, record_failure, write_status
@@ -64,7 +65,7 @@ def start(cfg: DictConfig, folder: Path, overrides: Sequence[str], train: Train)
             "another hydra.run.dir"
         )
     with lock(folder):
-        cfg = config.settle(cfg)
+        cfg = hub.settle(cfg)
         begin(cfg, folder, overrides)
         work(Run(cfg, folder), train)
 

@@ -6,13 +6,15 @@ from omegaconf import DictConfig
 
 from spg.config import build
 from spg.core.errors import InputError
+from spg.models.factory import build_policy, check_reads
 from spg.rollout.decoder import Decoder
-from spg.rollout.preferences import Preferences, Recorded
 from spg.rollout.prompt_order import PromptStream
+from spg.rollout.recorded import Recorded, check_pairs
 from spg.runs.identity import identity
 from spg.tasks.base import Task
+from spg.tasks.preferences import Preferences
 from spg.training.module import Optimization, Training
-from spg.training.pretraining import build_policy, check_reads
+from spg.training.pretraining import ensure_base_weights
 
 
 def load_task(cfg: DictConfig) -> Task:
@@ -29,7 +31,8 @@ def load_task(cfg: DictConfig) -> Task:
         if not task.examples(split):
             raise InputError(f"{task.name} has no examples of split {split}; give more held-out rows")
     # recorded pairs have prompts of their own, which are tried once the tokenizer is there
-    check_reads(cfg, task, task.examples("train" if not isinstance(task, Preferences) else "validation")[0])
+    first = task.examples("validation" if isinstance(task, Preferences) else "train")[0]
+    check_reads(cfg, task.prompt(first), task.name)
     return task
 
 
@@ -42,11 +45,11 @@ def build_module(cfg: DictConfig, task: Task | None = None) -> Training:
     """
     task = task or load_task(cfg)
     rollouts = -(-cfg.trainer.max_updates // cfg.mu)
-    policy = build_policy(cfg)
+    policy = build_policy(cfg, ensure_base_weights)
     sampler: Decoder = build(cfg.decoding)
     if isinstance(task, Preferences):
         sampler = Recorded(sampler.gen_length)
-        task.check(policy, sampler)
+        check_pairs(policy, sampler, task)
     return Training(
         policy=policy,
         task=task,
