@@ -16,7 +16,7 @@ from torch import Tensor
 from spg.core.errors import Interrupted
 from spg.core.process import rank
 from spg.models.weights import save_tensors, save_weights
-from spg.reports.plots import curve
+from spg.reports.plots import plot_run
 from spg.reports.summary import show_summary
 from spg.runs.directory import write_config
 from spg.runs.lifecycle import Run
@@ -186,5 +186,5 @@ def _report(module: Training, run: Run, settings: TrainerSettings, measured: Map
         "git_commit": git_commit(),
     }
     write_json(run.folder / "summary.json", summary)
-    curve(run.folder, f"{module.task.name}, {summary['n']} examples a half, seed {module.seed}")
+    plot_run(run.folder, f"{module.task.name}, {summary['n']} examples a half, seed {module.seed}")
     show_summary(summary, run.folder)
