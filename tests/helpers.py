@@ -22,11 +22,7 @@ from spg.core.types import Experience, Prompts, Rollout
 from spg.models.llada import LLaDA, LLaDAConfig
 from spg.models.policy import Policy
 from spg.models.tokenizer import tiny_tokenizer
-<<<<<<< HEAD
-from spg.runs import directory as runs
 from tests import warm
-=======
->>>>>>> main
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"

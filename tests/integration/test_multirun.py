@@ -22,16 +22,11 @@ from spg.cli import launch
 from spg.cli.train import resume, train
 from spg.config import ConfigError
 from spg.runs import directory as runs
-<<<<<<< HEAD
-from spg.runs.status import LEFT_ALONE, at_work, read_status, write_status
-from spg.training import run as training
-from tests import warm
-=======
 from spg.runs import lifecycle
 from spg.runs.jobs import LEFT_ALONE, train_job
 from spg.runs.lifecycle import Run
 from spg.runs.status import lock, read_status, write_status
->>>>>>> main
+from tests import warm
 from tests.helpers import QUICK, ROOT, command, same_run
 
 # a job of about a second: four updates, two checkpoints
