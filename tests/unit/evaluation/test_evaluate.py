@@ -37,6 +37,7 @@ from spg.runs.status import lock, read_status, write_json, write_status
 from spg.tasks.sudoku import Sudoku
 from spg.training import pretraining
 from spg.training import run as training
+from tests import warm
 from tests.helpers import ROOT, command, run, train_here
 
 SMALL = ("task.eval_size=10", "threads=1", "eval_batch_size=8")
@@ -179,13 +180,7 @@ def test_what_is_complete_is_not_decoded_again(
 def test_ctrl_c_says_how_to_go_on(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     overrides = ["eval_batch_size=1", "task.eval_size=400", "threads=1", f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(
-        command("evaluate", *overrides),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = warm.Popen(command("evaluate", *overrides), cwd=ROOT)
     deadline = time.monotonic() + 60
     while not (folder / "generations.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -514,7 +509,7 @@ def test_settings_of_a_run_s_task_can_be_given_without_choosing_it(tmp_path: Pat
     for chosen in ([line, "task=sudoku"], [], ["run=missing"], [f"{line},missing"]):
         assert config.task_of_run(chosen) is None
     code = (
-        "from spg import config, evaluate, launch, runs\nimport sys\n"
+        "from spg.cli import evaluate, launch\nimport sys\n"
         f"sys.argv = ['evaluate', '{line}', 'task.max_number=5', 'hydra.run.dir={tmp_path / 'e'}']\n"
         "evaluate.start = lambda cfg, folder: print(cfg.task.max_number, cfg.task.eval_size)\n"
         "launch.run('evaluate', evaluate.job)\n"
