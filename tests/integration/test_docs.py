@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import yaml
 
 from spg import config
 from spg.config.help import documented_keys
-from tests import documents
+from tests import documents, warm
 from tests.helpers import ROOT
 
 DOCS = ROOT / "docs"
@@ -128,23 +129,13 @@ def test_code_of_the_pages_on_extending_works(tmp_path: Path) -> None:
     ]
     options = "estimator=plain masking=suffix advantage=ranked task=sorting pretrain.steps=2"
     short = "experiment=quick trainer.threads=1 trainer.max_updates=4 trainer.prompts_per_rollout=2"
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines), "-cd", "conf", *options.split(), *short.split()],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**_environment(), "SPG_CACHE": str(tmp_path / "cache"), "PYTHONPATH": f"{tmp_path}:{ROOT}"},
-        check=False,
-    )
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"SPG_CACHE": str(tmp_path / "cache"), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    line = [sys.executable, "-c", "\n".join(lines), "-cd", "conf", *options.split(), *short.split()]
+    done = warm.run(line, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
     assert list(tmp_path.glob("runs/sorting-plain-*/weights.safetensors"))
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "SPG_"))}
 
 
 @pytest.mark.long
