@@ -176,15 +176,8 @@ def _range(base: Any, constraints: Sequence[Any]) -> str:
     limits = [part for c in constraints for part in (c if isinstance(c, Interval) else [c])]
     low = next((part for part in limits if isinstance(part, Gt | Ge)), None)
     high = next((part for part in limits if isinstance(part, Lt | Le)), None)
-    kind = (
-        "a whole number"
-        if base is int
-        else "a number"
-        if base is float
-        else "a text"
-        if base is str
-        else f"a {base.__name__}"
-    )
+    kinds = {int: "a whole number", float: "a number", str: "a text"}
+    kind = kinds.get(base, "a value")
 
     def shown(number: Any) -> str:
         return str(number) if isinstance(number, int) else f"{number:g}"

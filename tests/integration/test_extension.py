@@ -348,7 +348,7 @@ def test_help_lists_own_options(lab: Path) -> None:
     for words in (
         "My weighted mean",
         "My alternating masks",
-        "My task: repeat",
+        "My task",
         "My network",
         "My imitation",
     ):

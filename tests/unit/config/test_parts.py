@@ -1,14 +1,13 @@
-"""Rules and facts are read from source text, through imports, aliases and base classes, without running it."""
+"""Rules and facts are read from source text, through imports, aliases and bases, without running it."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 from textwrap import dedent
-from typing import Any, Literal
+from typing import Any
 
 import pytest
-from annotated_types import Ge
 
 from spg.config import parts, source
 from spg.core import rules
@@ -192,14 +191,3 @@ def test_shipped_parts_declare_what_the_check_asks_for() -> None:
     assert fact["masking.Random"].fact("draws_in_pairs") is None
     assert fact["objectives.dpo.DPO"].fact("needs_sums")
     assert fact["objectives.dpo.DPO"].fact("completions_per_prompt") == 2
-
-
-def test_a_rule_read_from_text_is_the_annotation_itself() -> None:
-    from spg.algorithms.masking import BlockRandom
-
-    static = parts.read("spg.algorithms.masking.BlockRandom").parameters
-    runtime = parts.hints(BlockRandom.__init__)
-    assert static == runtime
-    assert static["block_size"] == rules.Count
-    assert static["region"] == Literal["to_eos", "all"]
-    assert rules.bounds(static["num_mc"])[1] == [Ge(1)]
