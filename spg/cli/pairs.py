@@ -68,8 +68,8 @@ def make(cfg: DictConfig, output: Path) -> None:
 
     from spg.models.factory import build_policy, check_device, check_reads, device_of
     from spg.rollout.decoder import Decoder
-    from spg.rollout.preferences import make_pairs
     from spg.rollout.prompt_order import PromptStream
+    from spg.rollout.recorded import make_pairs
     from spg.tasks.base import Task
 
     take_over_logging()

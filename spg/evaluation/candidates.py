@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from spg.config import ConfigError, build
 from spg.core.errors import InputError, RunError
+from spg.core.examples import Example
 from spg.evaluation.generations import Item, Line, Source, Subject
 from spg.evaluation.sources import BASE, DECODING, fingerprints, saved_by
 from spg.models.factory import base_name, build_policy, check_device, check_reads, device_of
@@ -22,8 +23,8 @@ from spg.models.policy import Policy
 from spg.models.weights import load_checkpoint, load_weights
 from spg.rollout.collect import complete
 from spg.rollout.decoder import Decoder
-from spg.runs.directory import of_this_version
-from spg.tasks.base import Example, Task
+from spg.runs.directory import read_updated_config
+from spg.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def _to_build(cfg: DictConfig) -> DictConfig:
         bare = cfg.copy()
         bare.model.lora = None
         return bare
-    trained = of_this_version(cfg.run)
+    trained = read_updated_config(cfg.run)
     trained.model = cfg.model
     trained.trainer.accelerator = cfg.accelerator
     return trained

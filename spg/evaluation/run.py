@@ -18,12 +18,13 @@ from spg.core.errors import InputError
 from spg.core.progress import Progress
 from spg.core.statistics import wilson
 from spg.evaluation import sources
-from spg.evaluation.generations import Generations, Item, Line, Source, Subject, line_of, read_saved, scored
+from spg.evaluation.generations import Generations, Item, Line, Source, Subject, line_of, read_saved
 from spg.evaluation.results import chosen, chosen_on, figures, percent, show
 from spg.models.base_weights import existing
-from spg.runs import directory as runs
+from spg.runs.provenance import git_commit, versions
 from spg.runs.status import read_status, write_json, write_status
 from spg.tasks.base import Task
+from spg.tasks.scoring import score_all
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ def evaluate(
         "results": results,
         "selection": _selection(cfg, {model: found["accuracy"] for model, found in results.items()}),
         "settings": source.settings,
-        "git_commit": runs.git_commit(),
-        "versions": runs.versions(),
+        "git_commit": git_commit(),
+        "versions": versions(),
     }
     write_json(folder / "results.json", record)
     show(record)
@@ -111,8 +112,8 @@ def work_through(subject: Subject, file: Generations, task: Task, batch_size: in
             made = dict(zip(map(id, batch), subject.complete(batch), strict=True))
             examples = [item.example for item in wanted]
             texts = [made[id(item)]["completion"] for item in wanted]
-            answers = scored(task.answer, examples, texts, task.workers)
-            measures = scored(task.measure, examples, texts, task.workers)
+            answers = score_all(task.answer, examples, texts, task.workers)
+            measures = score_all(task.measure, examples, texts, task.workers)
             file.add(
                 [
                     line_of(subject.name, item, made[id(item)], answer, measured)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from spg.algorithms.estimators import ELBO
 from spg.algorithms.masking import Random
 from spg.config import ConfigError, build
+from spg.core.examples import Example
 from spg.core.seeding import derive_seed
 from spg.core.types import Rollout
 from spg.models import base_weights
@@ -28,7 +29,7 @@ from spg.models.weights import save_weights
 from spg.rollout.collect import Evaluation, evaluate
 from spg.rollout.decoder import Decoder, through_first
 from spg.rollout.prompt_order import PromptStream
-from spg.tasks.base import Example, Task
+from spg.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
