@@ -127,9 +127,9 @@ def _from_hub(published: Published, option: str) -> list[dict[str, Any]]:
         rows = datasets.load_dataset(published.name, published.config, split=published.split).to_list()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
-            f"the data set {published.name} ({published.split}) can't be had from the hub ({one_line(error)}): "
-            f"connect to the network, or give a local copy with {option}=<file or folder> (json, jsonl, csv "
-            f"or parquet with the columns {', '.join(published.columns)})"
+            f"the data set {published.name} ({published.split}) can't be had from the hub "
+            f"({one_line(error)}): connect to the network, or give a local copy with {option}=<file "
+            f"or folder> (json, jsonl, csv or parquet with the columns {', '.join(published.columns)})"
         ) from error
     finally:
         huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
