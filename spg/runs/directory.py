@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from spg import config
-from spg.config import ConfigError
+from spg.config import ConfigError, renames
 from spg.core.files import write_text
 
 # what an evaluation or an export needs to know of a run
@@ -35,7 +35,7 @@ def read_config(folder: Path) -> DictConfig:
             f"{folder / 'config.yaml'} is no run's configuration; give the directory that "
             "`python -m spg.train` printed at its end"
         )
-    return cfg
+    return renames.updated(cfg)
 
 
 def write_config(cfg: DictConfig, folder: Path) -> None:
