@@ -29,8 +29,8 @@ def read_config(folder: Path) -> DictConfig:
     Raises:
         ConfigError: if its config.yaml is not one of a run.
     """
-    cfg = OmegaConf.load(folder / "config.yaml")
-    if not isinstance(cfg, DictConfig) or "trainer" not in cfg:
+    cfg = config.saved(folder / "config.yaml")
+    if cfg is None or "trainer" not in cfg:
         raise ConfigError(
             f"{folder / 'config.yaml'} is no run's configuration; give the directory that "
             "`python -m spg.train` printed at its end"
