@@ -117,7 +117,7 @@ def test_pages_on_extending_have_a_class_its_file_and_a_test() -> None:
 
 
 def test_code_of_the_pages_on_extending_works(tmp_path: Path) -> None:
-    """One project with the parts of all pages: their tests pass, and a run uses them all but the objective."""
+    """One project with the parts of all pages: their tests pass, and a run uses them, but no objective."""
     for part in PARTS:
         documents.lay_out(DOCS / "extending" / f"{part}.md", tmp_path)
     lines = [
