@@ -249,7 +249,7 @@ def test_draws_of_another_rollout_are_not_compared() -> None:
     objective, seen = auto(), experience()
     means(objective, seen, 1)
     assert "omega/known" not in means(objective, experience(), 2)
-    shorter = replace(seen, rollout=seen.rollout.until(5))  # as an update with cut completions gets it
+    shorter = replace(seen, rollout=seen.rollout.truncate(5))  # as an update with cut completions gets it
     means(objective, seen, 1)
     assert "omega/known" in means(objective, shorter, 2)
 

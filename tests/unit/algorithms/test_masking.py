@@ -411,7 +411,7 @@ def test_the_complementary_elbo_is_espos(name: str, monkeypatch: pytest.MonkeyPa
         prompt_mask=torch.ones_like(z["prompt_ids"], dtype=torch.bool),
         completion_ids=z["completion_ids"],
     )
-    monkeypatch.setattr("spg.algorithms.masking.choose_exactly", lambda *given: hidden[:, ::2])
+    monkeypatch.setattr("spg.algorithms.masking.random.choose_exactly", lambda *given: hidden[:, ::2])
     samples = Complementary(2 * args["num_mc"], region="all")(rollout, mask_id, 0)
     assert torch.equal(samples.tokens, perturbed)
     logps = z["logits"].transpose(0, 1)[:, :, width:].log_softmax(-1)

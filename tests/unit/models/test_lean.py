@@ -187,7 +187,7 @@ def test_completions_are_cut_to_the_longest_that_is_learned_from() -> None:
     shorter[:, 3:] = False
     few = replace(samples, region=shorter, scored=samples.scored & shorter.unsqueeze(1))
     assert module.longest(experience, few) == 3
-    cut, rows = few.until(3), experience.rollout.until(3)
+    cut, rows = few.truncate(3), experience.rollout.truncate(3)
     assert cut.tokens.shape[-1] == samples.tokens.shape[-1] - samples.region.shape[-1] + 3
     assert torch.equal(cut.tokens, few.tokens[..., : cut.tokens.shape[-1]])
     assert rows.completion_ids.shape[1] == rows.given.shape[1] == rows.commit_logps.shape[1] == 3
