@@ -24,9 +24,9 @@ from spg import __version__, config
 from spg.core.errors import InputError, RunError
 from spg.core.memory import keep_freed_memory
 from spg.core.types import Prompts
+from spg.models.factory import build_policy
 from spg.models.llada import LLaDA, LLaDAConfig
 from spg.models.policy import Policy
-from spg.training.pretraining import build_policy
 
 # of the network that is timed where no model is named
 SIZES = {"d_model": 256, "n_layers": 4, "n_heads": 4, "mlp_hidden_size": 768, "vocab_size": 32000}

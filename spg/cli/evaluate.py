@@ -17,11 +17,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from spg import config
-from spg.cli import launch
+from spg.cli import base_weights, launch
 from spg.config import ConfigError
 from spg.core.errors import Interrupted, RunError
 from spg.evaluation.results import report
 from spg.evaluation.sources import fingerprints
+from spg.models import hub
 from spg.runs import directory as runs
 from spg.runs.status import at_work, read_status, write_status
 
@@ -131,7 +132,7 @@ def _work(cfg: DictConfig, folder: Path) -> None:
         from spg.evaluation.run import evaluate
 
         try:
-            evaluate(cfg, folder)
+            evaluate(cfg, folder, base_weights.ensure)
         except RunError as error:
             raise RunError(f"{error}\nGo on with: {again}") from error
     write_status(folder, state="finished")
@@ -195,7 +196,7 @@ def settings(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     for key in ("run", "adapter", "generations"):  # so that it goes on from another directory, too
         if cfg[key] is not None:
             merged[key] = str(Path(cfg[key]).absolute())
-    merged = config.settle(merged)
+    merged = hub.settle(merged)
     config.check(merged)
     config.check_model(merged)
     config.check_samples(merged)

@@ -13,10 +13,11 @@ from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spg import config
-from spg.cli import launch
+from spg.cli import base_weights, launch
 from spg.config import ConfigError
 from spg.core.console import console, take_over_logging
 from spg.core.errors import InputError, Interrupted, RunError
+from spg.models import hub
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def settings(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             f"decoding.temperature={cfg.decoding.temperature} is that of rollouts in training; pairs have "
             f"their own: temperature={cfg.decoding.temperature}"
         )
-    own = config.settle(cfg).copy()
+    own = hub.settle(cfg).copy()
     own.model.lora = None  # an adapter that was not trained changes nothing
     return own
 
@@ -65,11 +66,11 @@ def make(cfg: DictConfig, output: Path) -> None:
     """
     import torch
 
+    from spg.models.factory import build_policy, check_device, check_reads, device_of
     from spg.rollout.decoder import Decoder
-    from spg.rollout.preferences import make_pairs
     from spg.rollout.prompt_order import PromptStream
+    from spg.rollout.recorded import make_pairs
     from spg.tasks.base import Task
-    from spg.training.pretraining import build_policy, check_device, check_reads
 
     take_over_logging()
     check_device(cfg)
@@ -82,12 +83,9 @@ def make(cfg: DictConfig, output: Path) -> None:
             f"prompts={len(available)} or fewer"
         )
     examples = PromptStream(available, cfg.prompts, 1, cfg.seed).examples(0)
-    check_reads(cfg, task, examples[0])
+    check_reads(cfg, task.prompt(examples[0]), task.name)
     decoder: Decoder = config.build(cfg.decoding, temperature=cfg.temperature)
-    policy = build_policy(cfg)
-    if cfg.accelerator == "cuda" or (cfg.accelerator == "auto" and torch.cuda.is_available()):
-        policy.to("cuda")
-    policy.eval()
+    policy = build_policy(cfg, base_weights.ensure).to(device_of(cfg)).eval()
     batches = make_pairs(policy, decoder, task, examples, cfg.samples, cfg.eval_batch_size, cfg.seed)
     pairs: list[dict[str, Any]] = []
     done, file = 0, None

@@ -19,7 +19,8 @@ def job(cfg: DictConfig) -> None:
     import torch
 
     from spg.core.console import take_over_logging
-    from spg.training.pretraining import cache_dir, pretrain
+    from spg.models.base_weights import cache_dir
+    from spg.training.pretraining import pretrain
 
     take_over_logging()
     torch.set_num_threads(cfg.threads)

@@ -13,8 +13,10 @@ from omegaconf import DictConfig
 
 from spg.config import ConfigError, build
 from spg.core.errors import InputError, RunError
+from spg.core.examples import Example
 from spg.evaluation.generations import Item, Line, Source, Subject
 from spg.evaluation.sources import BASE, DECODING, fingerprints, saved_by
+from spg.models.factory import base_name, build_policy, check_device, check_reads, device_of
 from spg.models.lora import check_fits
 from spg.models.network import Network
 from spg.models.policy import Policy
@@ -22,8 +24,7 @@ from spg.models.weights import load_checkpoint, load_weights
 from spg.rollout.collect import complete
 from spg.rollout.decoder import Decoder
 from spg.runs.directory import of_this_version
-from spg.tasks.base import Example, Task
-from spg.training.pretraining import base_name, build_policy, check_device, check_reads
+from spg.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,9 @@ SETTINGS = ("samples", "seed", "eval_batch_size", "threads", "run", "adapter", "
 SAMPLES_APART = 2**32
 
 
-def models(cfg: DictConfig, task: Task, examples: Sequence[Example]) -> Source:
+def models(
+    cfg: DictConfig, task: Task, examples: Sequence[Example], find_base: Callable[[DictConfig], Path]
+) -> Source:
     """Return the models that `cfg` asks for, each with `cfg.samples` completions of every example to make.
 
     Raises ConfigError where a run has no weights yet, where the device is not there, where an adapter does
@@ -43,7 +46,7 @@ def models(cfg: DictConfig, task: Task, examples: Sequence[Example]) -> Source:
     for an example that it can't write.
     """
     check_device(cfg)
-    check_reads(cfg, task, examples[0])
+    check_reads(cfg, task.prompt(examples[0]), task.name)
     torch.set_num_threads(cfg.threads)
     adapter = None if cfg.get("adapter") is None else Path(cfg.adapter)
     if adapter is not None:
@@ -59,9 +62,7 @@ def models(cfg: DictConfig, task: Task, examples: Sequence[Example]) -> Source:
     decoder: Decoder = build(
         cfg.decoding, temperature=cfg.temperature, near_tie=NEAR_TIE if cfg.temperature == 0 else None
     )
-    policy = build_policy(_to_build(cfg))
-    if cfg.accelerator == "cuda" or (cfg.accelerator == "auto" and torch.cuda.is_available()):
-        policy.to("cuda")
+    policy = build_policy(_to_build(cfg), find_base).to(device_of(cfg))
     policy.eval()
     one = torch.zeros(1, dtype=torch.long)
     for number, example in enumerate(examples):  # before the first is decoded, not in the middle

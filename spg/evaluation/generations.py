@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from spg.core.errors import InputError
-from spg.tasks.base import Example, Task
+from spg.core.examples import Example
+from spg.tasks.base import Task
 
-Score = TypeVar("Score")
 Line = dict[str, Any]
 Key = tuple[str, int, int]
 
@@ -21,19 +20,6 @@ Key = tuple[str, int, int]
 TEXTS = ("completion", "generation", "generations")
 # what our lines tell of how a completion was made, None where it is not known
 MADE = ("tokens", "decoded", "steps", "near_ties")
-
-
-def scored(
-    function: Callable[[Example, str], Score], examples: Sequence[Example], texts: Sequence[str], workers: int
-) -> list[Score]:
-    """Return `function` of each example and its text, in their order, up to `workers` of them at once."""
-    if workers == 1:
-        return [function(example, text) for example, text in zip(examples, texts, strict=True)]
-    pool = ThreadPoolExecutor(workers)
-    try:
-        return list(pool.map(function, examples, texts))
-    finally:
-        pool.shutdown(cancel_futures=True)  # when stopped, those that wait are not begun
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ generations.jsonl grows by a batch at a time, and what it holds is not done agai
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,24 @@ from spg.core.errors import InputError
 from spg.core.progress import Progress
 from spg.core.statistics import wilson
 from spg.evaluation import sources
-from spg.evaluation.generations import Generations, Item, Line, Source, Subject, line_of, read_saved, scored
+from spg.evaluation.generations import Generations, Item, Line, Source, Subject, line_of, read_saved
 from spg.evaluation.results import chosen, chosen_on, figures, percent, show
+from spg.models.base_weights import existing
 from spg.runs import directory as runs
 from spg.runs.status import read_status, write_json, write_status
 from spg.tasks.base import Task
+from spg.tasks.scoring import score_all
 
 log = logging.getLogger(__name__)
 
 
-def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+def evaluate(
+    cfg: DictConfig, folder: Path, find_base: Callable[[DictConfig], Path] = existing
+) -> dict[str, Any]:
     """Complete and score what generations.jsonl does not hold yet, show the table and write results.json.
 
-    Returns what results.json holds. Raises ConfigError where the folder's lines were made with another model.
+    find_base: returns the file of base weights for a configuration. Returns what results.json holds.
+    Raises ConfigError where the folder's lines were made with another model.
     """
     take_over_logging()
     log.info("Evaluation: %s", folder)
@@ -43,8 +48,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             raise InputError(f"{task.name} has no examples of split={cfg.split}; give more rows")
         from spg.evaluation.candidates import models
 
-        take_over_logging()  # Lightning, imported just now, has set its loggers up anew
-        source = models(cfg, task, examples)
+        source = models(cfg, task, examples, find_base)
     file = Generations(folder / "generations.jsonl")
     _same_source(source.made_with, folder, bool(file.lines))
     for subject in source.subjects:
@@ -108,8 +112,8 @@ def work_through(subject: Subject, file: Generations, task: Task, batch_size: in
             made = dict(zip(map(id, batch), subject.complete(batch), strict=True))
             examples = [item.example for item in wanted]
             texts = [made[id(item)]["completion"] for item in wanted]
-            answers = scored(task.answer, examples, texts, task.workers)
-            measures = scored(task.measure, examples, texts, task.workers)
+            answers = score_all(task.answer, examples, texts, task.workers)
+            measures = score_all(task.measure, examples, texts, task.workers)
             file.add(
                 [
                     line_of(subject.name, item, made[id(item)], answer, measured)

@@ -27,13 +27,13 @@ from spg import __version__
 from spg.config import build, shipped
 from spg.core.errors import InputError, RunError
 from spg.core.files import DISK_FULL, write_text
-from spg.models.hub import CONFIG, config_fields, folder_of
+from spg.models.factory import base_name, build_policy
+from spg.models.hub import CONFIG, config_fields, fetch
 from spg.models.lora import TENSORS, Merged, add_adapter, load_adapter, merged, name_base, save_adapter
 from spg.models.network import Network
 from spg.models.weights import INDEX, SINGLE, load_checkpoint, load_weights
 from spg.runs.directory import git_commit
 from spg.runs.status import read_status, write_json
-from spg.training.pretraining import base_name, build_policy
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def _fields_of_base(trained: DictConfig) -> dict[str, Any]:
     path = trained.model.get("path")
     if path is None:
         return {}
-    found = config_fields(folder_of(path, trained.model.revision, [CONFIG]))
+    found = config_fields(fetch(path, trained.model.revision, [CONFIG]))
     for name in ("_name_or_path", "quantization_config", "transformers_version", "dtype"):
         found.pop(name, None)
     # code in a folder is not copied; what names a repository's is still right

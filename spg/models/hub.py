@@ -1,120 +1,79 @@
-"""Published models: where their files come from, and what their config.json says in our names."""
+"""Published models: where their files come from, and what their config.json says.
+
+A network class declares beside itself how its config.json is read, in three literal class attributes that are
+read from the source text, without torch:
+
+- `published_sizes`: the fields that give the network's sizes, named as in the class's configuration.
+- `published_fixed`: fields and the values that the class can compute with. An absent field is fine.
+- `published_implied`: sizes that follow from other fields if their own is null or absent, as a field's name
+  or two of them joined by `*` or `//`. A dot leads to a field of a field.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
+from spg.config import ConfigError, check, parts, settle_paths
 from spg.core.errors import InputError
+from spg.core.hub import hub_answers, one_line
 
 log = logging.getLogger(__name__)
 
-# seconds to wait for the hub's first answer, before looking for a cached copy
-PATIENCE = 5.0
 CONFIG = "config.json"
 # files of a tokenizer, by the names that transformers gives them
 TOKENIZER = ("*token*.json", "vocab.json", "merges.txt", "chat_template.*", CONFIG)
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", CONFIG)
 
+# stands for a field that a config.json does not have
+ABSENT = object()
 
-@dataclass(frozen=True)
-class Family:
-    """How the config.json of a network class is read.
 
-    sizes: our names and theirs. fixed: what their fields may be for our class to compute the same; one that
-    is absent is what it should be. implied: sizes that follow from others where theirs is null or absent.
+def settle(cfg: DictConfig) -> DictConfig:
+    """Complete a configuration from what lies on this machine, before torch is imported.
+
+    Local paths become absolute. If model.path is a folder with a config.json, its sizes take the place of
+    those in `cfg`; a hub id is looked at when its weights are loaded.
+
+    Returns:
+        `cfg` itself if nothing changes, else a changed copy.
+
+    Raises:
+        ConfigError: if the folder holds another kind of model.
     """
-
-    sizes: Mapping[str, str]
-    fixed: Mapping[str, tuple[Any, ...]]
-    implied: Mapping[str, Callable[[Mapping[str, Any]], Any]]
-
-
-LLADA_SIZES = (
-    "d_model",
-    "n_layers",
-    "n_heads",
-    "n_kv_heads",
-    "mlp_hidden_size",
-    "vocab_size",
-    "embedding_size",
-    "rope_theta",
-    "rms_norm_eps",
-)
-QWEN3_SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "vocab_size",
-    "rope_theta",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-)
-
-
-def _rope_theta(fields: Mapping[str, Any]) -> Any:
-    """Return the base of plain rotary positions, where a file of transformers 5 has it."""
-    rope = fields["rope_parameters"]
-    return rope["rope_theta"] if rope.get("rope_type", "default") == "default" else None
-
-
-FAMILIES = {
-    "spg.models.qwen3.Qwen3Diffusion": Family(
-        sizes={name: name for name in QWEN3_SIZES},
-        fixed={
-            "model_type": ("a2d-qwen3",),  # Qwen3's own checkpoints are of another kind: they look back only
-            "hidden_act": ("silu",),
-            "attention_bias": (False,),
-            "rope_scaling": (None,),
-            "use_sliding_window": (False,),
-        },
-        implied={
-            "rope_theta": _rope_theta,
-            "head_dim": lambda fields: fields["hidden_size"] // fields["num_attention_heads"],
-        },
-    ),
-    "spg.models.llada.LLaDA": Family(
-        sizes={name: name for name in LLADA_SIZES},
-        fixed={
-            "model_type": ("llada",),
-            "block_type": ("llama",),
-            "block_group_size": (1,),
-            "activation_type": ("silu",),
-            "layer_norm_type": ("rms",),
-            "layer_norm_with_affine": (True,),
-            "bias_for_layer_norm": (False, None),
-            "attention_layer_norm": (False,),
-            "input_emb_norm": (False,),
-            "rope": (True,),
-            "rope_full_precision": (True,),
-            "alibi": (False,),
-            "clip_qkv": (None,),
-            "multi_query_attention": (False, None),
-            "include_bias": (False,),
-            "include_qkv_bias": (False, None),
-            "weight_tying": (False,),
-            "scale_logits": (False,),
-        },
-        implied={
-            "n_kv_heads": lambda fields: fields["n_heads"],
-            "embedding_size": lambda fields: fields["vocab_size"],
-            "mlp_hidden_size": lambda fields: fields["mlp_ratio"] * fields["d_model"],
-        },
-    ),
-}
+    cfg = settle_paths(cfg)
+    path = None if "model" not in cfg else cfg.model.get("path")
+    if path is None or cfg.model.weights != "published" or not (Path(path) / CONFIG).is_file():
+        return cfg
+    file = Path(path) / CONFIG
+    try:
+        found = sizes(cfg.model.network._target_, config_fields(Path(path)), file)
+    except InputError as error:
+        raise ConfigError(str(error)) from error
+    settled = cfg.copy()
+    own = settled.model.network.config
+    other = {name: value for name, value in found.items() if own[name] != value}
+    if other:
+        words = ", ".join(f"{name}={value} (not {own[name]})" for name, value in other.items())
+        log.info("Sizes of the model from %s: %s", file, words)
+    for name, value in other.items():
+        own[name] = value
+    check(settled)
+    return settled
 
 
 def config_fields(folder: Path) -> dict[str, Any]:
-    """Return what a folder's config.json says; raises InputError where that is no JSON object."""
+    """Return the fields of a folder's config.json.
+
+    Raises:
+        InputError: if the file is missing or holds no JSON object.
+    """
     path = folder / CONFIG
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -126,49 +85,76 @@ def config_fields(folder: Path) -> dict[str, Any]:
 
 
 def sizes(target: str, fields: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
-    """Return the sizes, in our names, of the network class `target` that the fields of a config.json give.
+    """Return the sizes of a network that a config.json gives.
 
-    Raises InputError where the fields are of another kind of model, or one is missing.
+    Args:
+        target: Dotted name of the network class.
+        fields: The fields of the config.json.
+        where: The file, for the messages.
+
+    Raises:
+        InputError: if the fields describe another kind of model, or if a size is missing.
     """
     name = target.rpartition(".")[2]
-    if target not in FAMILIES:
+    part = parts.read(target)
+    if part is None or not part.fact("published_sizes"):
         raise InputError(f"{where} can't be read for {name}; give model.weights=<a safetensors file> instead")
-    family = FAMILIES[target]
     other = [
-        f"{field}={fields[field]} (not {' or '.join(str(v) for v in values)})"
-        for field, values in family.fixed.items()
-        if field in fields and fields[field] not in values
+        f"{field}={value} (not {' or '.join(map(str, allowed))})"
+        for field, allowed in part.fact("published_fixed", {}).items()
+        if (value := _look_up(fields, field)) is not ABSENT and value not in allowed
     ]
     if other:
         raise InputError(
-            f"{where} is of another model than {name}: {', '.join(other)}; choose the model that it is of "
+            f"{where} describes another model than {name}: {', '.join(other)}; choose that model "
             "(model=...), or another model.path"
         )
-    found: dict[str, Any] = {}
-    missing = []
-    for ours, theirs in family.sizes.items():
-        value = fields.get(theirs)
-        if value is None and ours in family.implied:
-            try:
-                value = family.implied[ours](fields)
-            except (KeyError, TypeError):
-                value = None
-        if value is None:
-            missing.append(theirs)
-        found[ours] = value
+    implied = part.fact("published_implied", {})
+    found = {}
+    for size in part.fact("published_sizes"):
+        value = fields.get(size)
+        found[size] = _implied(implied[size], fields) if value is None and size in implied else value
+    missing = [size for size, value in found.items() if value is None]
     if missing:
         raise InputError(
             f"{where} is no config.json of {name}: it has no {', '.join(missing)}; choose the model that it "
-            "is of (model=...), or another model.path"
+            "describes (model=...), or another model.path"
         )
     return found
 
 
-def folder_of(path: str, revision: str | None, files: Sequence[str]) -> Path:
-    """Return the folder at `path`, or that of a hub id's files, those that match `files`, fetched if need be.
+def _look_up(fields: Mapping[str, Any], dotted: str) -> Any:
+    """Return a field, or a field of a field; ABSENT if there is none."""
+    value: Any = fields
+    for part in dotted.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return ABSENT
+        value = value[part]
+    return value
 
-    Raises InputError where there is no such folder and the hub does not have it, or can't be reached and
-    nothing of it is cached.
+
+def _implied(expression: str, fields: Mapping[str, Any]) -> Any:
+    """Return the value of `field`, `field * field` or `field // field`; None if a field has no number."""
+    first, operator, second = (*expression.split(), "", "")[:3]
+    values = [_look_up(fields, name) for name in (first, second) if name]
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+        return None
+    if not operator:
+        return values[0]
+    return values[0] * values[1] if operator == "*" else values[0] // values[1]
+
+
+def fetch(path: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Return the folder of a published model, fetched from the hub if `path` is a hub id.
+
+    Args:
+        path: A folder, or a hub id (owner/name).
+        revision: Branch, tag or commit of the hub id; None for its main branch.
+        files: Patterns of the files that are needed.
+
+    Raises:
+        InputError: if there is no such folder, and the hub does not have it or can't be reached while no
+            copy is cached.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -178,34 +164,16 @@ def folder_of(path: str, revision: str | None, files: Sequence[str]) -> Path:
         )
     import huggingface_hub
 
-    answers = _hub_answers(path, revision)
+    answers = hub_answers("model", path, revision)
     try:
         found = huggingface_hub.snapshot_download(
             path, revision=revision, allow_patterns=list(files), local_files_only=not answers
         )
     except Exception as error:  # its classes change with the hub's HTTP library
         at = path if revision is None else f"{path} (model.revision={revision})"
-        why = _line(error) if answers else "it does not answer, and no copy is cached here"
+        why = one_line(error) if answers else "it does not answer, and no copy is cached here"
         raise InputError(
             f"the model {at} can't be had from the hub ({why}): connect to the network, or give a folder "
             "with its config.json, safetensors and tokenizer files: model.path=<folder>"
         ) from error
     return Path(found)
-
-
-@lru_cache(maxsize=8)
-def _hub_answers(path: str, revision: str | None) -> bool:
-    import huggingface_hub
-
-    try:
-        huggingface_hub.HfApi().model_info(path, revision=revision, timeout=PATIENCE)
-    except huggingface_hub.errors.HfHubHTTPError as error:
-        log.debug("The hub refuses %s: %s", path, _line(error))  # fetching will tell why
-    except Exception as error:  # noqa: BLE001  # its class changes with the hub's HTTP library
-        log.debug("The hub does not answer for %s: %s", path, _line(error))
-        return False
-    return True
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

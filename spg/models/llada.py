@@ -7,7 +7,7 @@ published checkpoints (`model.transformer.blocks.N.q_proj.weight` and so on).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -190,6 +190,44 @@ class LLaDA(Network):
     }
 
     into_residual: ClassVar[str] = r".*\.blocks\.\d+\.(attn_out|ff_out)\.weight"
+
+    # how spg.models.hub reads a published config.json
+    published_sizes: ClassVar[Sequence[str]] = (
+        "d_model",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "mlp_hidden_size",
+        "vocab_size",
+        "embedding_size",
+        "rope_theta",
+        "rms_norm_eps",
+    )
+    published_implied: ClassVar[Mapping[str, str]] = {
+        "n_kv_heads": "n_heads",
+        "embedding_size": "vocab_size",
+        "mlp_hidden_size": "mlp_ratio * d_model",
+    }
+    published_fixed: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "model_type": ("llada",),
+        "block_type": ("llama",),
+        "block_group_size": (1,),
+        "activation_type": ("silu",),
+        "layer_norm_type": ("rms",),
+        "layer_norm_with_affine": (True,),
+        "bias_for_layer_norm": (False, None),
+        "attention_layer_norm": (False,),
+        "input_emb_norm": (False,),
+        "rope": (True,),
+        "rope_full_precision": (True,),
+        "alibi": (False,),
+        "clip_qkv": (None,),
+        "multi_query_attention": (False, None),
+        "include_bias": (False,),
+        "include_qkv_bias": (False, None),
+        "weight_tying": (False,),
+        "scale_logits": (False,),
+    }
 
     def __init__(self, config: LLaDAConfig, seed: int | None = 0) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -103,6 +103,9 @@ class Network(nn.Module):
 
     lora_targets: ClassVar[Mapping[str, str]]
     into_residual: ClassVar[str]
+    published_sizes: ClassVar[Sequence[str]] = ()
+    published_implied: ClassVar[Mapping[str, str]] = {}
+    published_fixed: ClassVar[Mapping[str, Sequence[Any]]] = {}
     checkpointing: bool = False
 
     def __init__(self) -> None:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from spg.core.errors import InputError
+from spg.core.examples import Chat, Example, Template
 from spg.core.limits import check_limits
 from spg.core.types import Prompts
 from spg.models.head import rows_at_once
 from spg.models.lora import LoRA, add_adapter, load_adapter, save_adapter
 from spg.models.network import Cache, Network, Places
-from spg.tasks.base import Chat, Example, Template
 
 # what `propose` can tell of a choice beside the token: how sure the policy is, and by how much it won
 Measure = Literal["probability", "margin", "negative_entropy", "lead"]

@@ -8,7 +8,7 @@ wanted in the last layer. Logits at a position are about that position's own tok
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -132,6 +132,32 @@ class Qwen3Diffusion(Network):
     )
 
     into_residual: ClassVar[str] = r".*\.(o_proj|down_proj)\.weight"
+
+    # how spg.models.hub reads a published config.json
+    published_sizes: ClassVar[Sequence[str]] = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "vocab_size",
+        "rope_theta",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+    )
+    published_implied: ClassVar[Mapping[str, str]] = {
+        "rope_theta": "rope_parameters.rope_theta",  # where transformers 5 writes it
+        "head_dim": "hidden_size // num_attention_heads",
+    }
+    published_fixed: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "model_type": ("a2d-qwen3",),  # Qwen3's own checkpoints attend to earlier positions only
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "rope_scaling": (None,),
+        "rope_parameters.rope_type": ("default",),
+        "use_sliding_window": (False,),
+    }
 
     def __init__(self, config: Qwen3DiffusionConfig, seed: int | None = 0) -> None:
         super().__init__()

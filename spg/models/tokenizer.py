@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.utils import logging as transformers_logging
 
 from spg.core.errors import InputError
-from spg.models.hub import TOKENIZER, folder_of
+from spg.models.hub import TOKENIZER, fetch
 
 PAD, EOS, MASK, UNKNOWN = "<|pad|>", "<|endoftext|>", "<|mask|>", "<|unknown|>"
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
@@ -96,7 +96,7 @@ def pretrained(
     Raises InputError where nothing can be loaded, or a token is not in the vocabulary.
     """
     where = f"model.path={path}" + ("" if revision is None else f" model.revision={revision}")
-    folder = folder_of(path, revision, TOKENIZER)
+    folder = fetch(path, revision, TOKENIZER)
     told = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # else it warns of a config.json that is no model of its own
     try:

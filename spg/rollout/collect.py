@@ -12,13 +12,14 @@ from torch import Tensor
 
 from spg.algorithms.advantages import Advantage
 from spg.core import statistics
+from spg.core.examples import Example
 from spg.core.seeding import derive_seed
 from spg.core.types import Experience, Rollout
 from spg.core.world import World
-from spg.evaluation.generations import scored
 from spg.models.policy import Policy
 from spg.rollout.decoder import Decoder, logp_difference
-from spg.tasks.base import Example, Task
+from spg.tasks.base import Task
+from spg.tasks.scoring import score_all
 
 
 def rollout(
@@ -104,7 +105,7 @@ def collect(
     apart = None if exact else logp_difference(policy, done, derive_seed(seed, "difference"))
     policy.train(was_training)
     compared = time.perf_counter()
-    parts = scored(task.reward, done.examples, done.texts, task.workers)
+    parts = score_all(task.reward, done.examples, done.texts, task.workers)
     reward_parts = {name: torch.tensor([p[name] for p in parts], device=policy.device) for name in parts[0]}
     rewards = torch.stack(list(reward_parts.values())).sum(0)
     advantages = advantage(world.gather(rewards).view(-1, group_size)).flatten()
@@ -153,7 +154,7 @@ def evaluate(
     for at in range(own.start, own.stop, batch_size):
         batch = examples[at : min(at + batch_size, own.stop)]
         texts = rollout(policy, decoder, task, batch, 1, seed, first=at).texts
-        rows += zip(texts, scored(task.measure, batch, texts, task.workers), strict=True)
+        rows += zip(texts, score_all(task.measure, batch, texts, task.workers), strict=True)
     policy.train(was_training)
     rows = world.gather_items(rows)
     measures = {name: np.array([row[name] for _, row in rows]) for name in rows[0][1]}

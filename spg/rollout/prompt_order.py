@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import IterableDataset
 
+from spg.core.examples import Example
 from spg.core.seeding import generator
-from spg.tasks.base import Example
 
 
 class PromptStream(IterableDataset[list[Example]]):

@@ -23,6 +23,7 @@ from spg import __version__, config
 from spg.config import CONF_DIR, ConfigError
 from spg.core.errors import InputError, Interrupted, RunError
 from spg.core.files import write_text
+from spg.models import hub
 from spg.runs.status import LEFT_ALONE, STOPPING, InUseError, at_work, read_status, write_status
 from spg.training.launching import rank
 
@@ -72,7 +73,7 @@ def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
             "another hydra.run.dir"
         )
     with at_work(folder):
-        cfg = config.settle(cfg)
+        cfg = hub.settle(cfg)
         _new(cfg, folder, overrides)
         _work(cfg, folder)
 
@@ -118,7 +119,7 @@ def sweep_job(cfg: DictConfig, folder: Path, overrides: list[str], values: Mappi
 
     def work() -> bool:
         config.check(cfg)
-        own = config.settle(cfg)
+        own = hub.settle(cfg)
         fresh = not (folder / "config.yaml").exists()
         if fresh:
             _new(own, folder, overrides)

@@ -6,11 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from spg.core.errors import InputError
-
-Example = Mapping[str, Any]
-Chat = list[dict[str, str]]
-# A completion with holes: texts are given, a number stands for that many tokens to be decoded.
-Template = tuple[str | int, ...]
+from spg.core.examples import Chat, Example, Template
 
 SPLITS = ("train", "validation", "test", "heldout")
 

@@ -16,9 +16,10 @@ from functools import lru_cache, partial
 from typing import Any
 
 from spg.core.errors import InputError
+from spg.core.examples import Chat, Example, Template
 from spg.core.limits import check_limits
 from spg.sandbox.host import Cage, Outcome
-from spg.tasks.base import Chat, Example, Split, Template, check_choices
+from spg.tasks.base import Split, check_choices
 from spg.tasks.datasets import Published, load
 from spg.tasks.parsing.tags import CLOSE, OPEN
 from spg.tasks.prompts import PromptFile, instruct

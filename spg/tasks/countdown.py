@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from spg.core.errors import InputError
+from spg.core.examples import Chat, Example, Template
 from spg.core.limits import check_limits
-from spg.tasks.base import SPLITS, Chat, Example, Template, check_choices, check_generated, halves
+from spg.tasks.base import SPLITS, check_choices, check_generated, halves
 from spg.tasks.datasets import Published, load, read
 from spg.tasks.parsing.arithmetic import exact_value, python_value
 from spg.tasks.parsing.latex import box_content, last_boxed

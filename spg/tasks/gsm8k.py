@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from spg.core.errors import InputError
-from spg.tasks.base import Example
+from spg.core.examples import Example
 from spg.tasks.datasets import Published
 from spg.tasks.parsing.latex import box_content
 from spg.tasks.parsing.tags import CLOSE, OPEN, first_answer

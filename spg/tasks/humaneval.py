@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from spg.tasks.base import Example
+from spg.core.examples import Example
 from spg.tasks.coding import Coding, check_tests, compiles, parsed
 from spg.tasks.datasets import Published
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spg.core.errors import InputError
-from spg.tasks.base import Example
+from spg.core.examples import Example
 from spg.tasks.datasets import Published
 from spg.tasks.parsing.latex import SLIP, box_content, boxed_in_answer, is_equiv, last_boxed
 from spg.tasks.parsing.tags import first_answer

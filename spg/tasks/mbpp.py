@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spg.core.errors import InputError
-from spg.tasks.base import Example
+from spg.core.examples import Example
 from spg.tasks.coding import Coding, borrowed
 from spg.tasks.datasets import Published
 

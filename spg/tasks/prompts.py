@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spg.core.errors import InputError
-from spg.tasks.base import Chat, Example
+from spg.core.examples import Chat, Example
 
 ROLES = ("system", "user", "assistant")
 TAGS = (

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from spg.core.errors import InputError
+from spg.core.examples import Chat, Example, Template
 from spg.core.limits import check_limits
-from spg.tasks.base import Chat, Example, Split, Template, check_choices
+from spg.tasks.base import Split, check_choices
 from spg.tasks.datasets import Published, files_of, load
 from spg.tasks.parsing.latex import box_content, is_equiv
 from spg.tasks.parsing.math_verify import verify

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from spg.core.errors import InputError
+from spg.core.examples import Chat, Example, Template
 from spg.core.limits import check_limits
-from spg.tasks.base import SPLITS, Chat, Example, Template, check_choices, check_generated
+from spg.tasks.base import SPLITS, check_choices, check_generated
 from spg.tasks.parsing.tags import CLOSE, OPEN, last_answer
 from spg.tasks.prompts import PromptFile
 
@@ -217,6 +218,8 @@ class Sudoku:
 
     name = "sudoku"
     workers = 1
+    # for the configuration check: see spg.config.parts
+    ordered = (("min_empty", "max_empty"),)
 
     def __init__(
         self,

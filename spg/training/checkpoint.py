@@ -15,7 +15,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from spg.algorithms.objectives import Adaptive, Objective
-from spg.config.renames import rename
+from spg.config.renames import current
 from spg.core.errors import RunError
 from spg.core.world import World
 from spg.training.fsdp import sharding_of
@@ -163,9 +163,13 @@ class ResumableModule(pl.LightningModule):
 
 def _check_identity(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     for key in sorted(ours.keys() | theirs.keys()):
-        before, now = theirs.get(key, "nothing"), ours.get(key, "nothing")
-        if rename(before) != rename(now):
+        before, now = (_current(identity.get(key, "nothing")) for identity in (theirs, ours))
+        if before != now:
             raise RunError(
                 f"the checkpoint belongs to a run with {key}={before}, this one has {key}={now}; "
                 "resume with the run's own settings, or start a new run"
             )
+
+
+def _current(value: Any) -> Any:
+    return current(value) if isinstance(value, str) else value

@@ -23,14 +23,16 @@ from spg.config import build
 from spg.core.console import console, take_over_logging
 from spg.core.errors import InputError, Interrupted, RunError
 from spg.core.memory import keep_freed_memory
+from spg.models.factory import build_policy, check_device, check_reads
 from spg.models.weights import read_checkpoint, save_tensors, save_weights
 from spg.reports.plots import curve
 from spg.rollout.decoder import Decoder
-from spg.rollout.preferences import Preferences, Recorded
 from spg.rollout.prompt_order import PromptStream
+from spg.rollout.recorded import Recorded, check_pairs
 from spg.runs.directory import git_commit, identity, versions, write_config
 from spg.runs.status import read_status, write_json, write_status
 from spg.tasks.base import Task
+from spg.tasks.preferences import Preferences
 from spg.training.callbacks import (
     MOMENTS,
     BeforeAndAfter,
@@ -44,7 +46,7 @@ from spg.training.fsdp import Sharded
 from spg.training.launching import Ranks, end_with_parent, rank
 from spg.training.loggers import MetricsCSV, wandb_logger
 from spg.training.module import NonFiniteError, Optimization, Training
-from spg.training.pretraining import base_weights, build_policy, check_device, check_reads
+from spg.training.pretraining import ensure_base_weights
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +75,8 @@ def load_task(cfg: DictConfig) -> Task:
         if not task.examples(split):
             raise InputError(f"{task.name} has no examples of split {split}; give more held-out rows")
     # pairs have prompts of their own, which are tried when the tokenizer is there
-    check_reads(cfg, task, task.examples("train" if not isinstance(task, Preferences) else "validation")[0])
+    first = task.examples("train" if not isinstance(task, Preferences) else "validation")[0]
+    check_reads(cfg, task.prompt(first), task.name)
     return task
 
 
@@ -81,11 +84,11 @@ def build_module(cfg: DictConfig, task: Task | None = None) -> Training:
     """Build the module that a configuration describes, with its weights; `task` is what load_task made."""
     task = task or load_task(cfg)
     rollouts = -(-cfg.trainer.max_updates // cfg.mu)
-    policy = build_policy(cfg)
+    policy = build_policy(cfg, ensure_base_weights)
     sampler: Decoder = build(cfg.decoding)
     if isinstance(task, Preferences):
         sampler = Recorded(sampler.gen_length)
-        task.check(policy, sampler)
+        check_pairs(policy, sampler, task)
     return Training(
         policy=policy,
         task=task,
@@ -142,7 +145,7 @@ def train(
         check_device(cfg)
         task = load_task(cfg)  # where data are missing, no base weights need be made
         if rank() == 0 and cfg.model.weights == "base":
-            base_weights(cfg)  # made now, if need be, and not by each process
+            ensure_base_weights(cfg)  # made now, if need be, and not by each process
         with Ranks([f"resume={begin or folder}", *changes], cfg.trainer.devices, lost):
             return _fit(cfg, task, folder, started, begin, bool(changes), group)
     except (NonFiniteError, Interrupted) as error:

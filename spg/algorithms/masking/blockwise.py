@@ -136,6 +136,9 @@ class BlockRandom(BlockWise):
         ValueError: if draws=complementary and num_mc is odd.
     """
 
+    # facts for the configuration check, see spg.config.parts
+    draws_in_pairs = {"draws": ("antithetic", "complementary")}  # noqa: RUF012
+
     @checked
     def __init__(
         self,

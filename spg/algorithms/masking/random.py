@@ -72,6 +72,9 @@ class Complementary(MonteCarloMasking):
         ValueError: if num_mc is odd.
     """
 
+    # facts for the configuration check, see spg.config.parts
+    draws_in_pairs = "complementary"
+
     @checked
     def __init__(
         self, num_mc: Count = 2, prompt_mask_prob: Probability = 0.0, region: Region = "to_eos"

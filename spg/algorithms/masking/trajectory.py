@@ -19,6 +19,10 @@ class Trajectory(MaskingStrategy):
     steps scores nothing in the draws that it lacks, and needs no forward pass for them.
     """
 
+    # facts for the configuration check, see spg.config.parts
+    fresh_each_update = False
+    needs_commit_steps = True
+
     @checked
     def __init__(self, prompt_mask_prob: Probability = 0.0, region: Region = "to_eos") -> None:
         super().__init__(prompt_mask_prob, region)

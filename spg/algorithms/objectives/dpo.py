@@ -30,6 +30,10 @@ class DPO:
         ValueError: if the estimator's normalization is not elbo_weight.
     """
 
+    # facts for the configuration check, see spg.config.parts
+    needs_sums = True
+    completions_per_prompt = 2
+
     @checked
     def __init__(
         self, estimator: LikelihoodEstimator, dpo_beta: Positive, sft_coef: NotNegative = 0.0

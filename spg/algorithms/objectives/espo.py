@@ -37,6 +37,9 @@ class ESPO:
         ValueError: if the estimator's normalization is not elbo_weight.
     """
 
+    # facts for the configuration check, see spg.config.parts
+    needs_sums = True
+
     @checked
     def __init__(
         self,

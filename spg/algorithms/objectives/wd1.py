@@ -26,6 +26,9 @@ class WD1:
         ValueError: if the estimator's normalization is not elbo_weight.
     """
 
+    # facts for the configuration check, see spg.config.parts
+    needs_sums = True
+
     @checked
     def __init__(
         self, estimator: LikelihoodEstimator, positive_only: bool = False, loss_norm: LossNorm = "group"

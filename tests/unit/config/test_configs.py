@@ -201,7 +201,7 @@ def test_unread_knobs_are_named() -> None:
 def test_shipped_weights_fit_the_default_combination() -> None:
     from safetensors import safe_open
 
-    from spg.training.pretraining import ASSETS, combination, file_name
+    from spg.models.base_weights import ASSETS, file_name, fingerprint_settings
 
     names = []
     for task in ("sudoku", "countdown"):
@@ -211,7 +211,7 @@ def test_shipped_weights_fit_the_default_combination() -> None:
         assert path.stat().st_size < 4 * 2**20
         assert path.with_suffix(".md").is_file()
         with safe_open(path, framework="pt") as file:
-            assert json.loads(file.metadata()["spg"]) == combination(cfg)
+            assert json.loads(file.metadata()["spg"]) == fingerprint_settings(cfg)
         names.append(path.name)
     assert sorted(p.name for p in ASSETS.glob("*.safetensors")) == sorted(names)
     path = ASSETS / names[0]

@@ -23,11 +23,12 @@ from spg import config
 from spg.cli import evaluate, launch
 from spg.config import ConfigError
 from spg.core.console import console
-from spg.core.errors import InputError, Interrupted
+from spg.core.errors import InputError
 from spg.core.statistics import wilson
 from spg.evaluation import candidates as completing
 from spg.evaluation import results, sources
-from spg.evaluation.generations import Generations, read_saved, scored
+from spg.evaluation.generations import Generations, read_saved
+from spg.models import base_weights
 from spg.rollout import collect
 from spg.runs import directory as runs
 from spg.runs.status import at_work, read_status, write_json, write_status
@@ -372,7 +373,7 @@ def test_a_run_s_directory_is_not_evaluated_into_nor_the_other_way_round(
 def test_what_the_model_can_t_read_is_told_before_any_model_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretraining, "base_weights", None)
+    monkeypatch.setattr(base_weights, "look_up", None)
     monkeypatch.setattr(training, "base_weights", None)
     words = r"this model can't read chats, in which {}.* choose {}an instruction-tuned model"
     bare = words.format("sudoku asks", r"task\.prompt_style=bare, or ")
@@ -393,7 +394,7 @@ def test_a_device_that_is_not_there_is_told_before_any_model_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(pretraining, "base_weights", None)
+    monkeypatch.setattr(base_weights, "look_up", None)
     with pytest.raises(ConfigError, match="accelerator=cuda: torch finds no CUDA device here"):
         evaluated(tmp_path / "e", "accelerator=cuda")
     with pytest.raises(ConfigError, match=r"give trainer\.accelerator=cpu, or auto"):
@@ -480,7 +481,7 @@ def test_a_run_of_an_older_version_is_read_as_it_would_be_now(trained: Path, tmp
     assert (cfg.model.lora, cfg.task.eval_size) == (None, 8)
     assert (cfg.model.prompt_style, cfg.task.prompt_style, cfg.task.shots) == ("bare", "bare", 0)
     base = completing._to_build(cfg)
-    assert pretraining.file_name(base) == pretraining.file_name(runs.read_config(trained))
+    assert base_weights.file_name(base) == base_weights.file_name(runs.read_config(trained))
 
 
 @pytest.mark.parametrize(
@@ -677,24 +678,6 @@ def test_the_words_of_a_selection_fit_the_split(rule: str, split: str, scored_on
     words = results.chosen_on(rule, split)
     assert scored_on in words
     assert ("the items it was chosen on are among those scored" in words) is among
-
-
-def test_several_are_scored_at_once_in_their_order() -> None:
-    def slow(example: Any, text: str) -> str:
-        time.sleep(0.05 if example["n"] % 2 else 0.1)
-        return f"{example['n']}{text}"
-
-    examples, texts = [{"n": n} for n in range(8)], list("abcdefgh")
-    started = time.perf_counter()
-    assert scored(slow, examples, texts, 8) == [f"{n}{text}" for n, text in enumerate(texts)]
-    assert time.perf_counter() - started < 0.5
-    assert scored(slow, examples[:2], texts[:2], 1) == ["0a", "1b"]
-
-    def stopped(example: Any, text: str) -> str:
-        raise Interrupted("now")
-
-    with pytest.raises(Interrupted):
-        scored(stopped, examples, texts, 2)
 
 
 def test_a_multirun_ends_with_one_table_and_does_only_what_is_left(trained: Path, tmp_path: Path) -> None:

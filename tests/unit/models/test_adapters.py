@@ -20,12 +20,13 @@ from spg.config import ConfigError
 from spg.core.errors import Interrupted
 from spg.evaluation import candidates as completing
 from spg.evaluation import results
+from spg.models.base_weights import file_name
+from spg.models.factory import build_policy
 from spg.models.lora import LoRA, SavedLoRA
 from spg.models.policy import Policy
 from spg.runs import directory as runs
 from spg.runs.status import write_status
 from spg.training.module import Training
-from spg.training.pretraining import build_policy, file_name
 from tests import faults
 from tests.helpers import comparable, run, same_run, small_policy, train_here
 from tests.unit.algorithms.test_invariance import batch, training

@@ -19,15 +19,15 @@ from spg import config
 from spg.cli import evaluate, export
 from spg.config import ConfigError
 from spg.core.errors import InputError, RunError
+from spg.models import base_weights
 from spg.models import export as exporting
+from spg.models.factory import build_policy
 from spg.models.lora import LoRA, add_adapter, merged
 from spg.models.policy import Policy
 from spg.models.qwen3 import Qwen3Diffusion, Qwen3DiffusionConfig
 from spg.models.weights import load_checkpoint, load_published, load_weights
 from spg.runs import directory as runs
 from spg.runs.status import write_status
-from spg.training import pretraining
-from spg.training.pretraining import build_policy
 from tests.helpers import command, run, small_policy, train_here
 
 SHORT = ("trainer.max_updates=4", "task.eval_size=4", "optimizer.lr=1e-2")
@@ -100,7 +100,7 @@ def test_what_the_card_says(adapted: Path, tmp_path: Path) -> None:
     write_status(adapted, arguments=["task=sudoku", "model.lora=default"])
     card = (exported(tmp_path / "merged", f"run={adapted}", "merge=true") / "README.md").read_text()
     summary = json.loads((adapted / "summary.json").read_text())
-    base = pretraining.file_name(runs.read_config(adapted))
+    base = base_weights.file_name(runs.read_config(adapted))
     for words in (
         f"Base model: `{base}`",
         "`python -m spg.train task=sudoku model.lora=default`",
@@ -263,7 +263,7 @@ def test_tied_tensors_are_written_once(tmp_path: Path) -> None:
 
 
 def test_a_run_that_trained_all_weights(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretraining, "base_weights", None)  # which need not be there
+    monkeypatch.setattr(base_weights, "look_up", None)  # which need not be there
     folder = exported(tmp_path / "best", f"run={whole}")
     best = torch.load(whole / "checkpoints" / "best.ckpt")["state_dict"]
     tensors = load_file(folder / "model.safetensors")
@@ -281,13 +281,13 @@ def test_an_adapter_alone_needs_no_base(
     adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(pretraining, "base_weights", None)
+        patch.setattr(base_weights, "look_up", None)
         folder = exported(tmp_path / "adapter", f"run={adapted}")
     base = build_policy(config.compose("config", []))
     theirs = PeftModel.from_pretrained(base.network, str(folder)).eval()
     assert torch.allclose(logits(theirs.base_model.model), logits(trained(adapted).network), atol=1e-6)
     settings = json.loads((folder / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == pretraining.file_name(runs.read_config(adapted))
+    assert settings["base_model_name_or_path"] == base_weights.file_name(runs.read_config(adapted))
     assert (settings["r"], settings["lora_alpha"]) == (16, 32)
     copy = exported(tmp_path / "copy", f"run={adapted}", f"checkpoint={adapted / 'adapter'}")
     pair = [load_file(path / "adapter_model.safetensors") for path in (adapted / "adapter", copy)]

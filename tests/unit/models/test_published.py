@@ -21,14 +21,16 @@ from spg import config
 from spg.cli import evaluate
 from spg.config import ConfigError
 from spg.core.errors import InputError
-from spg.models import hub as published
-from spg.models import weights
+from spg.core.hub import PATIENCE, hub_answers
+from spg.models import hub, weights
+from spg.models.base_weights import fingerprint_settings
+from spg.models.factory import build_policy
 from spg.models.llada import LLaDA, LLaDAConfig
 from spg.models.quantization import check_nf4
 from spg.models.tokenizer import byte_tokenizer
 from spg.models.weights import load_published, load_weights, save_weights, stored
 from spg.runs import directory as runs
-from spg.training.pretraining import build_policy, combination, pretrain
+from spg.training.pretraining import pretrain
 from tests.helpers import QUICK, comparable, same_run
 
 SIZES = LLaDAConfig(32, 2, 4, 2, 48, vocab_size=262, embedding_size=272, rope_theta=1000.0)
@@ -116,7 +118,7 @@ CPU = torch.device("cpu")
 
 
 def test_the_logits_are_those_of_the_network_it_was_made_from(composed: DictConfig, folder: Path) -> None:
-    cfg = config.settle(settings(composed, folder, lora=None, precision="32-true"))
+    cfg = hub.settle(settings(composed, folder, lora=None, precision="32-true"))
     policy = build_policy(cfg).eval()
     ids = torch.randint(0, 262, (3, 20), generator=torch.Generator().manual_seed(0))
     source = LLaDA(SIZES, seed=None)
@@ -135,7 +137,7 @@ def test_the_logits_are_those_of_the_network_it_was_made_from(composed: DictConf
 def test_what_is_frozen_stays_small_and_what_is_trained_is_float32(
     composed: DictConfig, folder: Path
 ) -> None:
-    policy = build_policy(config.settle(settings(composed, folder, checkpointing=True)))
+    policy = build_policy(hub.settle(settings(composed, folder, checkpointing=True)))
     types = {name: p.dtype for name, p in policy.network.named_parameters()}
     assert {dtype for name, dtype in types.items() if "lora_" in name} == {torch.float32}
     assert {dtype for name, dtype in types.items() if "lora_" not in name} == {torch.bfloat16}
@@ -156,7 +158,7 @@ def test_a_single_file_and_a_file_of_weights_load_too(
     network = meta()
     assert load_published(network, tmp_path, torch.float32, CPU) == 1
     assert torch.equal(network.model.transformer.wte.weight, tensors[WTE].float())
-    cfg = config.settle(settings(composed, folder))
+    cfg = hub.settle(settings(composed, folder))
     cfg.model.weights = str(tmp_path / "model.safetensors")
     assert build_policy(cfg).network.model.transformer.wte.weight.dtype == torch.bfloat16
 
@@ -166,19 +168,19 @@ def test_sizes_come_from_the_folder(
 ) -> None:
     monkeypatch.chdir(folder.parent)
     with caplog.at_level(logging.INFO):
-        cfg = config.settle(settings(composed, folder.name))
+        cfg = hub.settle(settings(composed, folder.name))
     assert LLaDAConfig(**{k: v for k, v in cfg.model.network.config.items() if k != "_target_"}) == SIZES
     assert cfg.model.path == str(folder), "absolute, for a run that goes on from elsewhere"
     assert "d_model=32 (not 4096)" in caplog.text
     assert "rms_norm_eps" not in caplog.text, "what is the same is not told"
     assert composed.model.network.config.d_model == 4096
-    assert config.settle(composed) is composed, "a hub id is looked at when it is loaded"
+    assert hub.settle(composed) is composed, "a hub id is looked at when it is loaded"
 
 
 def test_sizes_that_others_imply(composed: DictConfig, tmp_path: Path) -> None:
     folder = publish(tmp_path / "llada")
     changed(folder / "config.json", n_kv_heads=None, mlp_hidden_size=None, mlp_ratio=2, embedding_size=None)
-    sizes = config.settle(settings(composed, folder)).model.network.config
+    sizes = hub.settle(settings(composed, folder)).model.network.config
     assert (sizes.n_kv_heads, sizes.mlp_hidden_size, sizes.embedding_size) == (4, 64, 262)
 
 
@@ -202,8 +204,10 @@ def test_another_kind_of_model_is_refused(
     composed: DictConfig, folder: Path, tmp_path: Path, field: str, value: Any
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(FIELDS | vars(SIZES) | {field: value}))
-    with pytest.raises(ConfigError, match=rf"config\.json is of another model than LLaDA: {field}={value}"):
-        config.settle(settings(composed, tmp_path))
+    with pytest.raises(
+        ConfigError, match=rf"config\.json describes another model than LLaDA: {field}={value}"
+    ):
+        hub.settle(settings(composed, tmp_path))
 
 
 def test_a_config_that_is_none_is_named(composed: DictConfig, tmp_path: Path) -> None:
@@ -211,30 +215,30 @@ def test_a_config_that_is_none_is_named(composed: DictConfig, tmp_path: Path) ->
     with pytest.raises(
         ConfigError, match=r"is no config\.json of LLaDA: it has no d_model, n_layers, n_heads"
     ):
-        config.settle(settings(composed, tmp_path))
+        hub.settle(settings(composed, tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json can't be read"):
-        config.settle(settings(composed, tmp_path))
+        hub.settle(settings(composed, tmp_path))
 
 
 def test_a_hub_id_of_other_sizes_or_another_mask_is_refused(
     composed: DictConfig, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = folder
-    monkeypatch.setattr("spg.training.pretraining.folder_of", lambda *given: there)
-    monkeypatch.setattr("spg.models.tokenizer.folder_of", lambda *given: there)
+    monkeypatch.setattr("spg.models.factory.fetch", lambda *given: there)
+    monkeypatch.setattr("spg.models.tokenizer.fetch", lambda *given: there)
     with pytest.raises(ConfigError, match=r"config\.d_model=4096, but .* of some/model says 32; give .*=32"):
         build_policy(settings(composed, "some/model"))
     there = publish(tmp_path / "llada")
     changed(there / "config.json", mask_token_id=259)
-    cfg = config.settle(settings(composed, there))
+    cfg = hub.settle(settings(composed, there))
     with pytest.raises(ConfigError, match=r"says mask_token_id=259, and the tokenizer's mask is .*\(258\)"):
         build_policy(cfg)
 
 
 def test_a_hub_that_is_away_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
-    published._hub_answers.cache_clear()
+    hub_answers.cache_clear()
 
     def away(*given: Any, **named: Any) -> None:
         asked.append(named)
@@ -245,10 +249,10 @@ def test_a_hub_that_is_away_is_told_with_the_way_out(monkeypatch: pytest.MonkeyP
     with pytest.raises(
         InputError, match=r"owner/model \(model\.revision=v1\) can't .* no copy .* model\.path=<folder>"
     ):
-        published.folder_of("owner/model", "v1", published.WEIGHTS)
-    assert asked[0]["timeout"] == published.PATIENCE
+        hub.fetch("owner/model", "v1", hub.WEIGHTS)
+    assert asked[0]["timeout"] == PATIENCE
     assert asked[1]["local_files_only"], "what is cached is looked for at once"
-    assert asked[1]["allow_patterns"] == list(published.WEIGHTS)
+    assert asked[1]["allow_patterns"] == list(hub.WEIGHTS)
 
 
 # what is done to a folder, and what is said of it
@@ -450,7 +454,7 @@ def test_settings_that_contradict_each_other_are_refused(composed: DictConfig, f
 
 
 def test_base_weights_do_not_depend_on_how_a_model_is_kept(composed: DictConfig) -> None:
-    assert set(combination(composed)["model"]) == {"network", "tokenizer"}
+    assert set(fingerprint_settings(composed)["model"]) == {"network", "tokenizer"}
 
 
 def test_nf4_is_not_for_base_weights() -> None:
@@ -470,7 +474,7 @@ def test_nf4_is_close_to_the_whole_weights(composed: DictConfig, folder: Path) -
     cfg = settings(composed, folder)
     cfg.trainer.accelerator = "auto"
     whole, small = (
-        build_policy(config.settle(settings(cfg, folder, quantization=kind))).eval() for kind in (None, "nf4")
+        build_policy(hub.settle(settings(cfg, folder, quantization=kind))).eval() for kind in (None, "nf4")
     )
     ids = torch.randint(0, 262, (3, 20), device=whole.device)
     with torch.no_grad():

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from spg import config
 from spg.core.errors import InputError
-from spg.models import hub as published
+from spg.models import hub
+from spg.models.factory import build_policy
 from spg.models.lora import LoRA, add_adapter, save_adapter
 from spg.models.network import Cache, Places
 from spg.models.policy import Policy
@@ -26,7 +27,6 @@ from spg.models.tokenizer import tiny_tokenizer
 from spg.models.weights import load_weights, save_weights
 from spg.rollout.decoder import Decoder
 from spg.runs import directory as runs
-from spg.training.pretraining import build_policy
 from tests.helpers import comparable, open_prompts
 
 # heads are wider than hidden_size / num_attention_heads, as Qwen3-0.6B's are
@@ -272,13 +272,19 @@ def test_a_published_configuration_gives_the_sizes() -> None:
     later = {**SIZES.for_transformers().to_dict(), "model_type": "a2d-qwen3"}
     assert "rope_theta" not in later
     for fields in (ours, later):
-        assert Qwen3DiffusionConfig(**published.sizes(target, fields, "here")) == SIZES
+        assert Qwen3DiffusionConfig(**hub.sizes(target, fields, "here")) == SIZES
     for other in ({"model_type": "qwen3"}, {"attention_bias": True}, {"rope_scaling": {"factor": 4.0}}):
-        with pytest.raises(InputError, match=f"of another model than Qwen3Diffusion: {next(iter(other))}="):
-            published.sizes(target, {**ours, **other}, "here")
+        with pytest.raises(InputError, match=f"another model than Qwen3Diffusion: {next(iter(other))}="):
+            hub.sizes(target, {**ours, **other}, "here")
     stretched = {**later, "rope_parameters": {"rope_theta": 100.0, "rope_type": "yarn", "factor": 4.0}}
-    with pytest.raises(InputError, match="it has no rope_theta"):
-        published.sizes(target, stretched, "here")
+    with pytest.raises(
+        InputError, match=r"another model .*: rope_parameters\.rope_type=yarn \(not default\)"
+    ):
+        hub.sizes(target, stretched, "here")
+    with pytest.raises(InputError, match="it has no head_dim, rope_theta"):
+        hub.sizes(
+            target, {**later, "head_dim": None, "num_attention_heads": "4", "rope_parameters": None}, "here"
+        )
 
 
 @pytest.mark.parametrize(
@@ -394,13 +400,13 @@ FEW = (
 def test_a_published_folder_loads(folder: Path) -> None:
     network, ids = small(vocab_size=270), tokens()
     lines = ["model=tiny_a2d", f"model.path={folder}", "trainer.accelerator=cpu"]
-    cfg = config.settle(config.compose("config", lines))
+    cfg = hub.settle(config.compose("config", lines))
     policy = build_policy(cfg)
     kinds = {p.dtype for p in policy.parameters() if not p.requires_grad}
     assert kinds == {torch.bfloat16}
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
     assert is_tied(policy.network)
-    plain = config.settle(config.compose("config", [*lines, "model.lora=null"]))
+    plain = hub.settle(config.compose("config", [*lines, "model.lora=null"]))
     loaded = build_policy(plain).network
     assert is_tied(loaded)
     with torch.no_grad():
@@ -410,7 +416,7 @@ def test_a_published_folder_loads(folder: Path) -> None:
 
 def test_a_published_folder_is_trained(folder: Path, tmp_path: Path) -> None:
     lines = ["model=tiny_a2d", f"model.path={folder}", *FEW]
-    runs.start(config.settle(config.compose("config", lines)), tmp_path / "run", [])
+    runs.start(hub.settle(config.compose("config", lines)), tmp_path / "run", [])
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     assert len(comparable(tmp_path / "run")) == 3
 

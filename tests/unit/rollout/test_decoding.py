@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from spg import config
 from spg.core.seeding import Streams
 from spg.core.types import Prompts, Rollout
+from spg.models.factory import build_policy
 from spg.models.network import Places
 from spg.models.policy import Measure, Policy
 from spg.models.tokenizer import tiny_tokenizer
 from spg.rollout.decoder import CONFIDENCE, Decoder, transfer_counts
-from spg.training.pretraining import build_policy
 from tests.helpers import columns, golden_policy, open_prompts, small_policy
 
 

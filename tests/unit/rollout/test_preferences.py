@@ -18,15 +18,17 @@ from spg.config import ConfigError
 from spg.core.errors import InputError, Interrupted, RunError
 from spg.core.files import read_csv
 from spg.core.types import Experience
+from spg.models import hub
 from spg.models.llada import LLaDA, LLaDAConfig
 from spg.models.policy import Policy
 from spg.models.tokenizer import END_OF_TURN, EOS, MASK, PAD, byte_tokenizer
 from spg.rollout.collect import collect
 from spg.rollout.decoder import Decoder
-from spg.rollout.preferences import Preferences, Recorded, make_pairs
 from spg.rollout.prompt_order import PromptStream
+from spg.rollout.recorded import Recorded, check_pairs, make_pairs
 from spg.runs import directory as runs
 from spg.tasks.gsm8k import GSM8K
+from spg.tasks.preferences import Preferences
 from spg.tasks.sudoku import Sudoku
 from tests import faults
 from tests.helpers import run, same_run, small_policy, train_here
@@ -52,7 +54,7 @@ def sudoku(**settings: Any) -> Sudoku:
 def collected(policy: Policy, task: Preferences, gen_length: int) -> Experience:
     """Return the experience of all pairs of a file."""
     recorded = Recorded(gen_length)
-    task.check(policy, recorded)
+    check_pairs(policy, recorded, task)
     return collect(policy, recorded, task, GroupMean(), task.examples("train"), 2, 0)[0]
 
 
@@ -126,7 +128,7 @@ def test_a_free_completion_ends_in_eos_and_may_fill_all_there_is(tmp_path: Path)
     assert done.completion_ids[1].tolist() == policy.encode("41234")
     assert done.lengths.tolist() == [5, 5]
     with pytest.raises(InputError, match=r"line 1: `rejected` has 5 .*gen_length=4; give gen_length=6"):
-        task.check(policy, Recorded(4))
+        check_pairs(policy, Recorded(4), task)
 
 
 def test_a_chat_is_asked_in_the_models_form(tmp_path: Path) -> None:
@@ -140,7 +142,9 @@ def test_a_chat_is_asked_in_the_models_form(tmp_path: Path) -> None:
     assert ids == policy.encode(chat)
     assert policy.tokenizer.decode(ids).endswith(f"{END_OF_TURN}{header('assistant')}<reasoning>\n")
     with pytest.raises(InputError, match=r"line 1: .*no chat template"):
-        Preferences(sudoku(format="completion"), task.path.as_posix()).check(small_policy(), Recorded(24))
+        check_pairs(
+            small_policy(), Recorded(24), Preferences(sudoku(format="completion"), task.path.as_posix())
+        )
 
 
 def header(role: str) -> str:
@@ -183,13 +187,13 @@ UNFIT = [
 def test_a_completion_that_does_not_fit_is_named(tmp_path: Path, text: str, words: str) -> None:
     task = Preferences(sudoku(), file_of(tmp_path, *[PAIR] * 70, {**PAIR, "rejected": text}))
     with pytest.raises(InputError, match=rf"pairs.jsonl, line 71: `?.*{words}"):
-        task.check(small_policy(), Recorded(24))
+        check_pairs(small_policy(), Recorded(24), task)
 
 
 def test_a_text_behind_its_template_is_named(tmp_path: Path) -> None:
     task = Preferences(sudoku(), file_of(tmp_path, {**PAIR, "rejected": RIGHT + "4"}))
     with pytest.raises(InputError, match=r"line 1: `rejected` .* at token 25 it has '4', where '<.endoftext"):
-        task.check(small_policy(), Recorded(30))
+        check_pairs(small_policy(), Recorded(30), task)
 
 
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
@@ -324,7 +328,7 @@ def test_the_commands_mistakes_are_answered_before_it_starts(tmp_path: Path) -> 
 def test_a_path_holds_in_another_directory_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file_of(tmp_path, PAIR)
     monkeypatch.chdir(tmp_path)
-    cfg = config.settle(OmegaConf.create({"preferences": {"path": "pairs.jsonl"}}))
+    cfg = hub.settle(OmegaConf.create({"preferences": {"path": "pairs.jsonl"}}))
     assert cfg.preferences.path == str(tmp_path / "pairs.jsonl")
 
 
