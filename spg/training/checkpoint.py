@@ -1,7 +1,8 @@
 """What a checkpoint of a training run holds, and which checkpoints a run accepts.
 
-Lightning writes and reads the file. Its loops are left out: they count batches of an epoch, which mean nothing
-here, since rollouts count themselves. Only trained tensors are kept, so that an adapter's checkpoint is small.
+Lightning writes and reads the file. Its loops are left out: they count batches of an epoch, which mean
+nothing here, since rollouts count themselves. Only trained tensors are kept, so that the checkpoint of an
+adapter is small.
 """
 
 from __future__ import annotations

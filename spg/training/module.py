@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from spg.algorithms.advantages import Advantage
 from spg.algorithms.masking import MaskingStrategy
 from spg.algorithms.objectives import Adaptive, Objective
+from spg.core.examples import Example
 from spg.core.rules import Count, GroupSize, Seed, checked
 from spg.core.seeding import derive_seed
 from spg.core.types import Experience, MaskedSamples, UpdateBatch
@@ -27,7 +28,7 @@ from spg.models.policy import Policy
 from spg.rollout.collect import Evaluation, collect, evaluate
 from spg.rollout.decoder import Decoder
 from spg.rollout.prompt_order import PromptStream
-from spg.tasks.base import Example, Task
+from spg.tasks.base import Task
 from spg.training.checkpoint import ResumableModule
 from spg.training.metrics import rollout_metrics, update_metrics
 from spg.training.nonfinite import NonFiniteError, non_finite_error
@@ -199,9 +200,7 @@ class Training(ResumableModule):
         """How the gradient of an update is computed."""
         return ExactGradient(self.policy, self.objective, self.micro_batch_size)
 
-    def failure(
-        self, what: str, experience: Experience, batch: UpdateBatch | None = None
-    ) -> NonFiniteError:
+    def failure(self, what: str, experience: Experience, batch: UpdateBatch | None = None) -> NonFiniteError:
         """Return the error of a `what` that is not finite; every process must call this."""
         whole = {name.removeprefix("policy."): tensor for name, tensor in self.weights.whole().items()}
         number = self.updates + 1

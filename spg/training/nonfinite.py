@@ -59,10 +59,7 @@ def non_finite_error(
     completions = experience.rollout.texts
     rows = find_culprits(experience, batch, gradient)
     named = world.gather_items(
-        [
-            (dict(experience.rollout.examples[i]), completions[i], float(experience.rewards[i]))
-            for i in rows
-        ]
+        [(dict(experience.rollout.examples[i]), completions[i], float(experience.rewards[i])) for i in rows]
     )
     part = {
         "experience": asdict(experience if batch is None else batch.experience),
@@ -94,10 +91,8 @@ def _blame_weights(gradient: ExactGradient) -> str:
     return f"the weights are not finite, first {broken[0]}" if broken else "no sequence shows it alone"
 
 
-def find_culprits(
-    experience: Experience, batch: UpdateBatch | None, gradient: ExactGradient
-) -> list[int]:
-    """Return the rows whose reward, log-probabilities or gradient are not finite; [] if none shows it alone."""
+def find_culprits(experience: Experience, batch: UpdateBatch | None, gradient: ExactGradient) -> list[int]:
+    """Return the rows whose reward, log-probabilities or gradient are not finite, as seen in each alone."""
     bad = ~experience.rewards.isfinite()
     if batch is None or bool(bad.any()):
         return bad.nonzero().flatten().tolist()

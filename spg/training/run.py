@@ -22,6 +22,7 @@ from torch import Tensor
 from spg.config import build
 from spg.core.console import console, take_over_logging
 from spg.core.errors import InputError, Interrupted, RunError
+from spg.core.examples import Example
 from spg.core.memory import keep_freed_memory
 from spg.models.factory import build_policy, check_device, check_reads
 from spg.models.weights import read_checkpoint, save_tensors, save_weights
@@ -42,10 +43,12 @@ from spg.training.callbacks import (
     Samples,
     Validation,
 )
-from spg.training.fsdp import Sharded
+from spg.training.fsdp import Sharded, sharding_of
 from spg.training.launching import Ranks, end_with_parent, rank
 from spg.training.loggers import MetricsCSV, wandb_logger
-from spg.training.module import NonFiniteError, Optimization, Training
+from spg.training.module import Training
+from spg.training.nonfinite import NonFiniteError
+from spg.training.optimizer import Optimization
 from spg.training.pretraining import ensure_base_weights
 
 log = logging.getLogger(__name__)
@@ -56,14 +59,14 @@ log = logging.getLogger(__name__)
 PATIENCE = timedelta(hours=4)
 
 
-class Turns:
-    """What Lightning iterates over: the rollouts that a module has yet to do."""
+class RemainingPrompts:
+    """What Lightning iterates over: the prompts of each rollout that a module has yet to do."""
 
     def __init__(self, module: Training) -> None:
         self.module = module
 
-    def __iter__(self) -> Iterator[int]:
-        return self.module.turns()
+    def __iter__(self) -> Iterator[list[Example]]:
+        return self.module.remaining_prompts()
 
 
 def load_task(cfg: DictConfig) -> Task:
@@ -259,10 +262,10 @@ def _fit(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(module, Turns(module), ckpt_path=begin, weights_only=True)
+        trainer.fit(module, RemainingPrompts(module), ckpt_path=begin, weights_only=True)
         if module.updates < module.max_updates:
             raise Interrupted(f"stopped after update {module.updates}, which is saved")
-        sliced = None if module.sharded is None else module.saved()  # all processes take part
+        sliced = None if sharding_of(module) is None else module.weights.whole()  # all processes take part
         if first:
             _finish(cfg, folder, module, sliced, tested, validation, unused)
     return interruption.asked
@@ -345,7 +348,7 @@ def _finish(
         "updates": module.updates,
         "rollouts": module.rollouts,
         "parameters": sum(p.numel() for p in module.policy.parameters()),
-        "parameters.trained": sum(p.numel() for p in module.trained().values()),
+        "parameters.trained": sum(p.numel() for p in module.weights.tensors().values()),
         "seconds": module.elapsed(),
         **{f"seconds.{part}": spent for part, spent in module.seconds.items()},
         "unused_knobs": unused,

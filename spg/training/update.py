@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -41,7 +41,7 @@ class BackwardPasses:
             process must make as many as the others; otherwise the last one alone does.
     """
 
-    world: World = World()
+    world: World = field(default_factory=World)
     backward: Callable[[Tensor], None] = Tensor.backward
     without_exchange: Callable[[], AbstractContextManager[Any]] = nullcontext
     all_exchange: bool = False
@@ -208,10 +208,17 @@ def truncate_to_learned(
     experience: Experience, samples: MaskedSamples, objective: Objective, world: World
 ) -> tuple[Experience, MaskedSamples]:
     """Return both without the positions behind the longest completion that any process learns from."""
+    length = longest_learned(experience, samples, objective, world)
+    return replace(experience, rollout=experience.rollout.truncate(length)), samples.truncate(length)
+
+
+def longest_learned(
+    experience: Experience, samples: MaskedSamples, objective: Objective, world: World
+) -> int:
+    """Return how far the longest completion reaches that any process learns from, 1 or more."""
     region = samples.region & objective.learns_from(experience).unsqueeze(-1)
     reach = (torch.arange(1, region.shape[-1] + 1, device=region.device) * region).amax()
-    length = max(1, int(world.gather(reach.view(1)).max()))
-    return replace(experience, rollout=experience.rollout.truncate(length)), samples.truncate(length)
+    return max(1, int(world.gather(reach.view(1)).max()))
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -18,16 +18,18 @@ Bound = Callable[[Tensor, MaskedSamples], Tensor]
 class AdaptiveOmega:
     """The omega of least variance over masks of the mixture's gradient, learned from earlier updates.
 
-    With l and u the gradients of ELBO and EUBO, the gradient of the mixture is l + omega (u - l). Its variance
-    is least at omega = - Cov(l, u - l) / Var(u - l), variances summed over coordinates (Proposition 1).
+    With l and u the gradients of ELBO and EUBO, the gradient of the mixture is l + omega (u - l). Its
+    variance is least at omega = - Cov(l, u - l) / Var(u - l), variances summed over coordinates
+    (Proposition 1).
 
     Proposition 1 takes E[w pi^beta] in rho as known. An update estimates it from its own M draws. That makes
     u less noisy and the best omega larger, and a comparison of few draws with each other does not show it.
     So sets of draws are compared: inner updates mask the same completions afresh, and half the square
-    of the difference of two successive gradients estimates the variance of what an update uses. It is unbiased
-    except for the step of the weights between them, and for masks that a strategy spreads over the inner
-    updates. A token's gradient is represented by its size at the token's own logit, as if scores pointed
-    the same way in all draws and no two tokens' the same; each sequence has its weight in the loss.
+    of the difference of two successive gradients estimates the variance of what an update uses. It is
+    unbiased except for the step of the weights between them, and for masks that a strategy spreads over the
+    inner updates. A token's gradient is represented by its size at the token's own logit, as if scores
+    pointed the same way in all draws, and those of two tokens never did; each sequence has its weight in
+    the loss.
 
     The omega of an update comes from earlier updates alone: it is independent of the update's masks.
 

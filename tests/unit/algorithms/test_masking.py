@@ -26,7 +26,7 @@ from spg.algorithms.masking import (
     Trajectory,
 )
 from spg.algorithms.objectives.spg import SPG
-from spg.core.types import Experience, MaskedSamples, Rollout
+from spg.core.types import Experience, MaskedSamples, Rollout, UpdateBatch
 from spg.rollout.decoder import Decoder
 from tests.helpers import GOLDEN, golden, rollout_of, small_policy
 from tests.unit.models.test_cache import ragged
@@ -200,7 +200,8 @@ def test_sequence_without_holes_is_left_alone() -> None:
         assert not samples.scored.any()
         assert not samples.weight.any()
         logps = torch.full(samples.scored.shape, -1.0, requires_grad=True)
-        loss, _ = SPG(Sandwich(ELBO(), Mixture(1.5, 0.5)))(logps, samples, experience)
+        objective = SPG(Sandwich(ELBO(), Mixture(1.5, 0.5)))
+        loss = objective(logps, UpdateBatch.of(experience, samples)).loss
         loss.backward()
         assert loss.item() == 0
         assert logps.grad is not None
