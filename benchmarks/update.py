@@ -53,6 +53,7 @@ from spg.algorithms.advantages import GroupMean
 from spg.algorithms.estimators import ELBO, Mixture, Sandwich
 from spg.algorithms.masking import BlockRandom
 from spg.algorithms.objectives.spg import SPG
+from spg.config.settings import Optimization
 from spg.core.errors import RunError
 from spg.core.types import Experience, MaskedSamples
 from spg.models.policy import Policy
@@ -60,7 +61,6 @@ from spg.rollout.decoder import Decoder
 from spg.rollout.prompt_order import PromptStream
 from spg.tasks.sudoku import Sudoku
 from spg.training.module import Training
-from spg.training.optimizer import Optimization
 
 BOTH = ("plain", "ours")
 Peak = dict[str, float | str | None]

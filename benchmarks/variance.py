@@ -30,8 +30,8 @@ from spg.algorithms.masking.blockwise import Draws
 from spg.core.seeding import Streams, derive_seed
 from spg.core.types import MaskedSamples, Rollout
 from spg.rollout.collect import collect
+from spg.training.assembly import build_module
 from spg.training.module import Training
-from spg.training.run import build_module
 
 
 class SharedBlock(BlockRandom):

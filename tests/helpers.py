@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spg import config
+from spg.cli.train import start
 from spg.core.files import read_csv
 from spg.core.types import Experience, Prompts, Rollout
 from spg.models.llada import LLaDA, LLaDAConfig
 from spg.models.policy import Policy
 from spg.models.tokenizer import tiny_tokenizer
-from spg.runs import directory as runs
+from tests import warm
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -153,7 +153,7 @@ def run(module: str, *overrides: str, folder: Path | None = None, check: bool = 
     line = command(module, *overrides)
     if folder is not None:
         line.append(f"hydra.run.dir={folder}")
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
+    done = warm.run(line, cwd=ROOT)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -162,7 +162,7 @@ def run(module: str, *overrides: str, folder: Path | None = None, check: bool = 
 def train_here(folder: Path, *overrides: str) -> Path:
     """Train in this process, as `spg.train` with QUICK would, and return the run's folder."""
     cfg = config.compose("config", [*QUICK, *overrides])
-    runs.start(cfg, folder, [])
+    start(cfg, folder, [])
     return folder
 
 

@@ -24,7 +24,9 @@ from spg.evaluation.results import report
 from spg.evaluation.sources import fingerprints
 from spg.models import hub
 from spg.runs import directory as runs
-from spg.runs.status import at_work, read_status, write_status
+from spg.runs.identity import OtherRunError, apply_changes, check_same, identity
+from spg.runs.jobs import run_job
+from spg.runs.status import lock, read_status, record_failure, write_status
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ def job(cfg: DictConfig) -> None:
     overrides = [line for line in hydra_cfg.overrides.task if line != os.environ.get("SPG_RUN_TASK")]
     if hydra_cfg.mode == RunMode.MULTIRUN:
         values = launch.swept_values(cfg)
-        runs.one_of_many(folder, values, lambda: sweep_job(settings(cfg, overrides), folder, values))
+        run_job(folder, values, lambda: sweep_job(settings(cfg, overrides), folder, values))
     else:
         start(settings(cfg, overrides), folder)
 
@@ -70,7 +72,7 @@ def start(cfg: DictConfig, folder: Path) -> None:
         )
     if runs.holds_run(folder):
         raise ConfigError(f"{folder} holds a training run; give another hydra.run.dir")
-    with at_work(folder):
+    with lock(folder):
         runs.write_config(cfg, folder)
         _work(cfg, folder)
 
@@ -83,9 +85,9 @@ def resume(path: str, overrides: list[str]) -> None:
         raise ConfigError(
             f"resume={path} is no evaluation's directory; give the one that `python -m spg.evaluate` printed"
         )
-    changed = runs.changed(cfg, overrides, folder, CHANGEABLE)
+    changed = apply_changes(cfg, overrides, folder, CHANGEABLE)
     config.check(changed)
-    with at_work(folder):
+    with lock(folder):
         if read_status(folder).get("state") == "finished":
             raise ConfigError(
                 f"resume={path}: this evaluation is finished: {folder / 'results.json'}; to score its "
@@ -100,7 +102,7 @@ def sweep_job(cfg: DictConfig, folder: Path, values: dict[str, Any]) -> bool:
     """Do one job of a multirun, or what is left of it; never asks the others to stop."""
     before = config.saved(folder / "config.yaml")
     if before is not None:
-        runs.same(runs.identity(before, CHANGEABLE), runs.identity(cfg, CHANGEABLE), folder)
+        check_same(identity(before, CHANGEABLE), identity(cfg, CHANGEABLE), folder)
     status = read_status(folder)
     if status.get("state") == "finished":
         _same_files(status.get("made_with", {}), cfg, folder)
@@ -118,7 +120,7 @@ def _same_files(made_with: dict[str, Any], cfg: DictConfig, folder: Path) -> Non
     now = fingerprints(cfg)
     others = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if others:
-        raise runs.OtherRunError(
+        raise OtherRunError(
             f"{folder} holds figures of {', '.join(others)} as it was before it changed; give another "
             "hydra.sweep.dir, or remove it"
         )
@@ -128,7 +130,7 @@ def _work(cfg: DictConfig, folder: Path) -> None:
     """Evaluate, and tell in the folder's status how it ended; Ctrl-C and SIGTERM say how to go on."""
     again = f"python -m spg.evaluate resume={folder}"
     write_status(folder, state="running", error=None)
-    with runs.told_in_status(folder), _stopping(f"stopped; what was completed is saved; go on with: {again}"):
+    with record_failure(folder), _stopping(f"stopped; what was completed is saved; go on with: {again}"):
         from spg.evaluation.run import evaluate
 
         try:
@@ -237,7 +239,7 @@ def of_run(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     With another task, its own lengths and decoding hold; with another length, tokens a step stay the run's.
     Raises ConfigError where the directory holds no run.
     """
-    trained = runs.of_this_version(cfg.run)
+    trained = runs.read_updated_config(cfg.run)
     given = _keys(overrides)
     merged = cfg.copy()
     OmegaConf.set_struct(merged, False)

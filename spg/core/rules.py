@@ -36,18 +36,6 @@ Probability = Annotated[float, Interval(ge=0, le=1)]
 # 0 to below 1
 Share = Annotated[float, Interval(ge=0, lt=1)]
 Seed = Annotated[int, Interval(ge=0, le=2**31 - 1)]
-# completions of a prompt: they are compared with each other
-GroupSize = Annotated[int, Ge(2)]
-
-
-def _two_shares(value: Any) -> bool:
-    return len(value) == 2 and all(allows(Share, number) for number in value)
-
-
-# the decay rates of an optimizer's two moments
-Decays = Annotated[
-    Sequence[float], Predicate(_two_shares), Words("two numbers from 0 to below 1, as [0.9,0.99]")
-]
 
 
 def bounds(annotation: Any) -> tuple[Any, list[Any]]:

@@ -17,6 +17,7 @@ from spg.core.errors import RunError
 from spg.core.statistics import bootstrap, mean_pass_at_k, wilson
 from spg.evaluation.generations import Line
 from spg.evaluation.sources import BASE
+from spg.reports.tables import empty_table, value_text
 from spg.runs import multirun as sweeps
 from spg.runs.status import write_json
 
@@ -104,7 +105,7 @@ def show(record: Mapping[str, Any]) -> None:
     results: dict[str, Figures] = record["results"]
     selection = record["selection"] or {}
     headings = ["accuracy\n%", "95%\ninterval", "\nn", "tokens\nto EOS", "tokens\na step", "near\nties"]
-    table = sweeps.table_of(f"{record['task']}, split {record['split']}", ["model"], headings)
+    table = empty_table(f"{record['task']}, split {record['split']}", ["model"], headings)
     for model, found in results.items():
         low, high = map(percent, found["interval"])
         cells = [percent(found["accuracy"]), f"{low} to {high}"]
@@ -114,7 +115,7 @@ def show(record: Mapping[str, Any]) -> None:
     others = {model: _others(found) for model, found in results.items()}
     names = list(dict.fromkeys(name for shares in others.values() for name in shares))
     if names:
-        table = sweeps.table_of("beside it, %", ["model"], names)
+        table = empty_table("beside it, %", ["model"], names)
         for model, shares in others.items():
             table.add_row(Text(model), *(percent(shares.get(name)) for name in names))
         console.print(table)
@@ -239,7 +240,7 @@ def _rows(
 ) -> list[Row]:
     groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[sweeps.Job]] = {}
     for job in jobs:
-        key = tuple(tuple(sweeps.written(job.overrides.get(k)) for k in keys) for keys in (who, what))
+        key = tuple(tuple(value_text(job.overrides.get(k)) for k in keys) for keys in (who, what))
         groups.setdefault((key[0], key[1]), []).append(job)
     rows = []
     for (whose, setting), group in groups.items():
@@ -249,7 +250,7 @@ def _rows(
         rule = rules.pop() if len(rules) == 1 else None
         for model in models:
             found = {
-                sweeps.written(job.overrides.get("gen_length")): records[job.name]["results"][model]
+                value_text(job.overrides.get("gen_length")): records[job.name]["results"][model]
                 for job in done
                 if model in records[job.name]["results"]
             }
@@ -294,7 +295,7 @@ def _table(who: Sequence[str], rows: Sequence[Row], marked: Sequence[Row]) -> Ta
         ordered = sorted(lengths, key=lambda length: (len(length), length))
         columns += [(setting, length) for length in (*ordered, *(["average"] if len(ordered) > 1 else []))]
     headings = ["\n".join((*setting, "" if length == "null" else length)) for setting, length in columns]
-    table = sweeps.table_of("", [*who, "model"], headings)
+    table = empty_table("", [*who, "model"], headings)
     cells: dict[tuple[tuple[str, ...], str], dict[tuple[tuple[str, ...], str], str]] = {}
     for row in rows:
         line = cells.setdefault((row.who, row.model), {})

@@ -21,7 +21,7 @@ from spg.evaluation import sources
 from spg.evaluation.generations import Generations, Item, Line, Source, Subject, line_of, read_saved
 from spg.evaluation.results import chosen, chosen_on, figures, percent, show
 from spg.models.base_weights import existing
-from spg.runs import directory as runs
+from spg.runs.provenance import git_commit, versions
 from spg.runs.status import read_status, write_json, write_status
 from spg.tasks.base import Task
 from spg.tasks.scoring import score_all
@@ -65,8 +65,8 @@ def evaluate(
         "results": results,
         "selection": _selection(cfg, {model: found["accuracy"] for model, found in results.items()}),
         "settings": source.settings,
-        "git_commit": runs.git_commit(),
-        "versions": runs.versions(),
+        "git_commit": git_commit(),
+        "versions": versions(),
     }
     write_json(folder / "results.json", record)
     show(record)

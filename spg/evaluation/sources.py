@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from spg.config import ConfigError
-from spg.runs.directory import fingerprint
+from spg.runs.provenance import file_stamp
 
 # what tells how completions were decoded
 DECODING = (
@@ -53,7 +53,7 @@ def fingerprints(cfg: DictConfig) -> dict[str, list[int]]:
     where these are a file, or a folder here.
     """
     if cfg.generations is not None:
-        return {"generations": fingerprint(Path(cfg.generations))}
+        return {"generations": file_stamp(Path(cfg.generations))}
     files = dict(saved_by(Path(cfg.run), cfg.select)) if cfg.run is not None else {}
     if cfg.model.weights not in WORDS and Path(cfg.model.weights).exists():
         files["weights"] = Path(cfg.model.weights)
@@ -62,4 +62,4 @@ def fingerprints(cfg: DictConfig) -> dict[str, list[int]]:
     base = cfg.model.get("path")
     if cfg.model.weights == "published" and base is not None and Path(base).is_dir():
         files["model.path"] = Path(base)
-    return {name: fingerprint(path) for name, path in files.items()}
+    return {name: file_stamp(path) for name, path in files.items()}

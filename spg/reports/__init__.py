@@ -1,1 +1,1 @@
-"""Figures, tables and pages made of results."""
+"""Tables, figures and pages made from runs and sweeps."""

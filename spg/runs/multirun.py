@@ -9,22 +9,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.table import Table
-
 from spg.config import ConfigError
-from spg.core import statistics
-from spg.core.console import console
 from spg.core.files import read_csv, write_text
 
 MOMENTS = ("before", "after", "last")
-RESAMPLES = 10_000
 
 Row = Mapping[str, Any]
 
@@ -54,23 +47,6 @@ class Job:
     error: str | None
     summary: dict[str, Any] | None
     folder: Path
-
-
-@dataclass(frozen=True)
-class Point:
-    """One setting over its seeds: `values` [n] of a measure on the test half, and what sums them up.
-
-    interval: 95% percentile bootstrap over seeds, sd: with n - 1; both None for one seed.
-    validation: mean of the seeds' best values on the validation half, by which settings are chosen.
-    """
-
-    setting: dict[str, Any]
-    seeds: list[Any]
-    values: list[float]
-    mean: float
-    interval: tuple[float, float] | None
-    sd: float | None
-    validation: float | None
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -177,102 +153,3 @@ def write_runs(folder: Path, output: Path | None = None) -> Path:
     rows = read_rows(folder)
     columns = list(rows[0]) if rows else _columns([], read_sweep(folder).swept)
     return write_text((output or folder) / "runs.csv", csv_text(columns, rows))
-
-
-def table_of(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
-    """Return an empty table, narrow enough for 80 characters, with columns of words and of numbers."""
-    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
-    for heading in words:
-        table.add_column(heading, overflow="fold")
-    for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
-def show_jobs(folder: Path) -> None:
-    """Print a table of a multirun's jobs, and under it the errors of those that failed."""
-    sweep, rows = read_sweep(folder), read_rows(folder)
-    ended = sum(row["state"] == "finished" for row in rows)
-    table = table_of(
-        f"{sweep.name}: {ended} of {len(rows)} jobs finished",
-        ["state", *sweep.swept],
-        ["best\nvalidation", "accuracy,\ntest", "solved,\ntest", "\nseconds"],
-    )
-    for row in rows:
-        words = [written(row.get(key)) for key in ("state", *sweep.swept)]
-        values = [row.get(key) for key in ("validation.best", "accuracy.after", "solved.after")]
-        numbers = ["-" if value is None else f"{value:.3f}" for value in values]
-        table.add_row(*words, *numbers, "-" if row["seconds"] is None else f"{row['seconds']:.0f}")
-    console.print(table)
-    for row in rows:
-        if row["error"] is not None:
-            console.print(f"{row['job']} {row['state']}: {row['error']}", markup=False, soft_wrap=True)
-
-
-def written(value: Any) -> str:
-    """Return a swept value as one types it on a command line."""
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def measures(rows: Sequence[Row]) -> list[str]:
-    """Return the names of what the finished jobs measured on the test half."""
-    found = [
-        key for row in rows for key, value in row.items() if key.endswith(".after") and value is not None
-    ]
-    return [key.removesuffix(".after") for key in dict.fromkeys(found)]
-
-
-def _counts(row: Row, measure: str) -> bool:
-    return row.get(f"{measure}.after") is not None  # only finished jobs have a summary
-
-
-def left_out(rows: Sequence[Row], measure: str) -> str:
-    """Return in one line which jobs are in no point and why; empty where all are."""
-    out = [row for row in rows if not _counts(row, measure)]
-    states = ["without result" if row["state"] == "finished" else row["state"] for row in out]
-    reasons = ", ".join(f"{count} {state}" for state, count in Counter(states).items())
-    names = ", ".join(str(row["job"]) for row in out)
-    return f"Left out: {len(out)} of {len(rows)} jobs ({reasons}): {names}." if out else ""
-
-
-def points(rows: Sequence[Row], swept: Sequence[str], measure: str) -> list[Point]:
-    """Return a point a setting, from the finished jobs, in the order in which settings first appear.
-
-    The measure is `<measure>.after`: the test half, at the checkpoint chosen on the validation half.
-    The interval resamples the n seeds of a setting 10,000 times. With few seeds it is too narrow: it
-    never leaves the range of their values, and three of them cover the mean far less than 95% of the time.
-    """
-    keys = [key for key in swept if key != "seed"]
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        if _counts(row, measure):
-            groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
-    return [
-        _point(dict(zip(keys, setting, strict=True)), group, measure) for setting, group in groups.items()
-    ]
-
-
-def _point(setting: dict[str, Any], rows: Sequence[Row], measure: str) -> Point:
-    values = np.array([row[f"{measure}.after"] for row in rows], dtype=float)
-    chosen_by = [row["validation.best"] for row in rows if row.get("validation.best") is not None]
-    several = len(values) > 1
-    return Point(
-        setting=setting,
-        seeds=[row.get("seed") for row in rows],
-        values=values.tolist(),
-        mean=float(values.mean()),
-        interval=bootstrap(values) if several else None,
-        sd=float(values.std(ddof=1)) if several else None,
-        validation=sum(chosen_by) / len(chosen_by) if chosen_by else None,
-    )
-
-
-def bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95% percentile bootstrap interval of the mean of `values` [n], always the same one."""
-    return statistics.bootstrap(values, RESAMPLES)
-
-
-def best(points: Sequence[Point]) -> Point | None:
-    """Return the point with the highest mean on the validation half, the first of equals."""
-    chosen = [point for point in points if point.validation is not None]
-    return max(chosen, key=lambda point: point.validation or 0.0, default=None)

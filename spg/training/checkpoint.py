@@ -16,7 +16,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from spg.algorithms.objectives import Adaptive, Objective
-from spg.config.renames import current
+from spg.config.renames import updated
 from spg.core.errors import RunError
 from spg.core.world import World
 from spg.training.fsdp import sharding_of
@@ -148,7 +148,7 @@ class ResumableModule(pl.LightningModule):
         own = checkpoint.get("spg")
         if not isinstance(own, dict) or own.get("format") != FORMAT:
             raise RunError("the checkpoint was not written by this version of spg.train; give another")
-        _check_identity(own["identity"], self.identity)
+        _check_identity(updated(own["identity"]), updated(self.identity))
         self.weights.check_fit(checkpoint["state_dict"])
         if own["updates"] > self.max_updates:
             raise RunError(
@@ -164,13 +164,9 @@ class ResumableModule(pl.LightningModule):
 
 def _check_identity(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     for key in sorted(ours.keys() | theirs.keys()):
-        before, now = (_current(identity.get(key, "nothing")) for identity in (theirs, ours))
+        before, now = theirs.get(key, "nothing"), ours.get(key, "nothing")
         if before != now:
             raise RunError(
                 f"the checkpoint belongs to a run with {key}={before}, this one has {key}={now}; "
                 "resume with the run's own settings, or start a new run"
             )
-
-
-def _current(value: Any) -> Any:
-    return current(value) if isinstance(value, str) else value

@@ -20,8 +20,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from spg.algorithms.advantages import Advantage
 from spg.algorithms.masking import MaskingStrategy
 from spg.algorithms.objectives import Adaptive, Objective
+from spg.config.settings import GroupSize, Optimization
 from spg.core.examples import Example
-from spg.core.rules import Count, GroupSize, Seed, checked
+from spg.core.rules import Count, Seed, checked
 from spg.core.seeding import derive_seed
 from spg.core.types import Experience, MaskedSamples, UpdateBatch
 from spg.models.policy import Policy
@@ -32,7 +33,7 @@ from spg.tasks.base import Task
 from spg.training.checkpoint import ResumableModule
 from spg.training.metrics import rollout_metrics, update_metrics
 from spg.training.nonfinite import NonFiniteError, non_finite_error
-from spg.training.optimizer import Optimization, clip_gradients, make_optimizer
+from spg.training.optimizer import clip_gradients, make_optimizer
 from spg.training.update import BackwardPasses, ExactGradient, truncate_to_learned
 
 

@@ -3,34 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from spg.core.rules import CountOrZero, Decays, NotNegative, Positive, checked
-
-
-@checked
-@dataclass(frozen=True)
-class Optimization:
-    """Numbers of the optimizer.
-
-    Attributes:
-        lr: learning rate after the warm-up.
-        betas: decay rates of AdamW's two moments.
-        weight_decay: of matrices; vectors have none.
-        warmup_updates: updates in which the learning rate rises to `lr`.
-        max_grad_norm: larger gradients are scaled down to this norm.
-    """
-
-    lr: Positive
-    betas: Decays = (0.9, 0.99)
-    weight_decay: NotNegative = 0.1
-    warmup_updates: CountOrZero = 10
-    max_grad_norm: Positive = 0.2
+from spg.config.settings import Optimization
 
 
 def make_optimizer(

@@ -18,9 +18,9 @@ from spg.algorithms.objectives import Adaptive
 from spg.config import ConfigError
 from spg.core.console import console
 from spg.core.types import Experience, MaskedSamples, Rollout, UpdateBatch
+from spg.training.assembly import build_module
 from spg.training.module import Training
 from spg.training.nonfinite import find_culprits
-from spg.training.run import build_module
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def _again(module: Training, part: dict[str, Any], table: Table) -> bool:
     batch, logps, loss = None, None, 0.0
     if part["samples"] is not None:
         batch = UpdateBatch.of(experience, MaskedSamples(**part["samples"]))
-        # the log-probabilities of the old policy, which is gone, are in the file
+        # the file holds the log-probabilities of the old policy, which is gone
         batch = replace(module.gradient.freeze(batch, policy_changes=False), old=part.get("old"))
         logps = module.gradient.all_logps(batch).masked_fill(~batch.samples.scored, 0.0)
         with torch.no_grad():

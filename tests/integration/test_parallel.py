@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spg.cli.train import resume
+from spg.config import ConfigError
 from spg.core.world import World
 from spg.rollout.collect import evaluate
 from spg.rollout.decoder import Decoder
-from spg.runs import directory as runs
 from spg.runs.status import read_status
 from spg.tasks.sudoku import Sudoku
 from tests.helpers import QUICK, ROOT, command, comparable, run, small_policy, train_here
@@ -193,5 +194,5 @@ def test_shares_of_an_evaluation_cover_each_item_once(processes: int) -> None:
 
 def test_a_run_of_one_process_is_not_resumed_by_two(tmp_path: Path) -> None:
     folder = train_here(tmp_path / "run", "trainer.max_updates=4", "task.eval_size=4")
-    with pytest.raises(runs.ConfigError, match=r"trainer\.devices=2: a run goes on with its own settings"):
-        runs.resume(str(folder), ["trainer.devices=2", "trainer.max_updates=8"])
+    with pytest.raises(ConfigError, match=r"trainer\.devices=2: a run goes on with its own settings"):
+        resume(str(folder), ["trainer.devices=2", "trainer.max_updates=8"])

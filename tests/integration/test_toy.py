@@ -11,6 +11,7 @@ import pytest
 
 from spg import config
 from spg.cli import evaluate, export
+from spg.cli.train import resume, start
 from spg.core.errors import Interrupted
 from spg.core.files import read_csv
 from spg.runs import directory as runs
@@ -47,7 +48,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(rows: Path, folder: Path) -> Path:
     """Train in this process, with the command's words and less of everything."""
     lines = ["model=llada_toy", "task=gsm8k", f"task.path={rows}", *SIZES, *SHORT]
-    runs.start(config.compose("config", lines), folder, [])
+    start(config.compose("config", lines), folder, [])
     return folder
 
 
@@ -89,7 +90,7 @@ def test_interrupted_and_resumed_it_is_the_same_run(whole: Path, rows: Path, tmp
         with pytest.raises(Interrupted):
             trained(rows, tmp_path / "run")
     assert read_status(tmp_path / "run")["state"] == "interrupted"
-    runs.resume(str(tmp_path / "run"), [])
+    resume(str(tmp_path / "run"), [])
     assert same_run(whole, tmp_path / "run")
 
 

@@ -15,7 +15,7 @@ from spg.algorithms.masking.base import (
     count_of_share,
     uniform_count,
 )
-from spg.core.limits import check_pairs
+from spg.core.combinations import check_pairs
 from spg.core.rules import Count, Probability, checked
 from spg.core.seeding import Streams
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spg.algorithms.masking.base import MonteCarloMasking, Region, choose_exactly, uniform_count
-from spg.core.limits import check_pairs
+from spg.core.combinations import check_pairs
 from spg.core.rules import Count, Probability, checked
 from spg.core.seeding import Streams
 from spg.core.types import MaskedSamples, Rollout

@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid
 from spg.algorithms.estimators import LikelihoodEstimator
 from spg.algorithms.objectives.base import ObjectiveResult
 from spg.algorithms.objectives.terms import require_reference
-from spg.core.limits import check_sums
+from spg.core.combinations import check_sums
 from spg.core.rules import NotNegative, Positive, checked
 from spg.core.types import Experience, UpdateBatch
 

@@ -14,7 +14,7 @@ from spg.algorithms.objectives.terms import (
     normalize_own,
     require_reference,
 )
-from spg.core.limits import check_sums
+from spg.core.combinations import check_sums
 from spg.core.rules import NotNegative, Share, checked
 from spg.core.types import Experience, UpdateBatch
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from spg.algorithms.estimators import AdaptiveOmega, Sandwich
 from spg.algorithms.objectives.base import ObjectiveResult
 from spg.algorithms.objectives.terms import LossNorm, divergence, normalize, require_reference
-from spg.core.limits import check_length_counted_once
+from spg.core.combinations import check_length_counted_once
 from spg.core.rules import NotNegative, checked
 from spg.core.types import Experience, UpdateBatch
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from spg.algorithms.estimators import LikelihoodEstimator
 from spg.algorithms.objectives.base import ObjectiveResult
 from spg.algorithms.objectives.terms import LossNorm
-from spg.core.limits import check_sums
+from spg.core.combinations import check_sums
 from spg.core.rules import checked
 from spg.core.types import Experience, UpdateBatch
 

@@ -16,16 +16,18 @@ from torch import Tensor
 from spg import config
 from spg.algorithms.estimators import ELBO, EUBO, AdaptiveOmega, Mixture, Sandwich, optimum, variance
 from spg.algorithms.objectives import SPG, ObjectiveResult
+from spg.cli.train import resume
 from spg.config import ConfigError
 from spg.core.errors import Interrupted
 from spg.core.files import read_csv
 from spg.core.types import Cohort, Experience, MaskedSamples, UpdateBatch
-from spg.reports import plots
-from spg.runs import directory as runs
+from spg.reports.dynamics import plot_comparison, read_series
+from spg.reports.plots import plot_sweep
+from spg.reports.points import best, points
 from spg.runs import multirun as sweeps
 from tests import faults
 from tests.helpers import experience_of, same_run, train_here
-from tests.unit.reports.test_figures import make_job, make_sweep
+from tests.unit.reports.sweeps import make_job, make_sweep
 
 N = 3  # tokens of the toys
 # every mask of them with its probability: a uniform number of tokens, then which ones
@@ -340,7 +342,7 @@ def test_a_resumed_run_goes_on_with_its_omega(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "stopped/checkpoints/last.ckpt"
     checkpoint = torch.load(path)
     assert all(moment != 0 for moment in checkpoint["spg"]["objective"]["omega"])
-    runs.resume(str(tmp_path / "stopped"), [])
+    resume(str(tmp_path / "stopped"), [])
     assert same_run(whole, tmp_path / "stopped")
     rows = read_csv(whole / "metrics.csv")
     used = [float(row["omega"]) for row in rows if row["omega"]]
@@ -376,10 +378,9 @@ def test_numbers_and_auto_are_swept_together(tmp_path: Path) -> None:
             make_job(folder, f"{share}-{seed}", {"omega": share, "seed": seed}, **summary)
     rows = sweeps.read_rows(folder)
     assert [row["omega"] for row in rows[::2]] == [0, 0.5, 1, "auto"]
-    points = sweeps.points(rows, ["omega", "seed"], "accuracy")
-    assert sweeps.best(points) is points[3]
-    plots.sweep_figure(points, "accuracy", "omega", tmp_path / "bars.png")
-    plots.dynamics_figure(
-        sweeps.read_jobs(folder), ["omega", "seed"], "omega", tmp_path / "reward.png", "reward", 4
-    )
+    averages = points(rows, ["omega", "seed"], "accuracy")
+    assert best(averages) is averages[3]
+    plot_sweep(averages, "accuracy", "omega", tmp_path / "bars.png")
+    series = read_series(sweeps.read_jobs(folder), ["omega", "seed"], "reward")
+    plot_comparison(series, "omega", tmp_path / "reward.png", "reward", 4)
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("bars.png", "reward.png"))

@@ -12,13 +12,13 @@ from spg.algorithms.advantages import GroupMean
 from spg.algorithms.estimators import ELBO, EUBO, Mixture, Sandwich
 from spg.algorithms.masking import BlockRandom
 from spg.algorithms.objectives.spg import SPG
+from spg.config.settings import Optimization
 from spg.core.types import Experience, MaskedSamples, UpdateBatch
 from spg.models.policy import Policy
 from spg.rollout.decoder import Decoder
 from spg.rollout.prompt_order import PromptStream
 from spg.tasks.sudoku import Sudoku
 from spg.training.module import Training
-from spg.training.optimizer import Optimization
 from tests.helpers import experience_of, small_policy
 
 MASK = 2

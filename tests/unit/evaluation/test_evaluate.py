@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from spg import config
 from spg.cli import evaluate, launch
+from spg.cli.train import resume
 from spg.config import ConfigError
 from spg.core.console import console
 from spg.core.errors import InputError
@@ -31,10 +32,12 @@ from spg.evaluation.generations import Generations, read_saved
 from spg.models import base_weights
 from spg.rollout import collect
 from spg.runs import directory as runs
-from spg.runs.status import at_work, read_status, write_json, write_status
+from spg.runs.identity import OtherRunError
+from spg.runs.status import lock, read_status, write_json, write_status
 from spg.tasks.sudoku import Sudoku
 from spg.training import pretraining
 from spg.training import run as training
+from tests import warm
 from tests.helpers import ROOT, command, run, train_here
 
 SMALL = ("task.eval_size=10", "threads=1", "eval_batch_size=8")
@@ -177,13 +180,7 @@ def test_what_is_complete_is_not_decoded_again(
 def test_ctrl_c_says_how_to_go_on(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     overrides = ["eval_batch_size=1", "task.eval_size=400", "threads=1", f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(
-        command("evaluate", *overrides),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = warm.Popen(command("evaluate", *overrides), cwd=ROOT)
     deadline = time.monotonic() + 60
     while not (folder / "generations.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -436,10 +433,10 @@ def test_a_finished_job_whose_run_went_on_is_left_alone(trained: Path, tmp_path:
     before = read(job)
     evaluate.sweep_job(cfg, job, {})
     (tmp_path / "run" / "checkpoints" / "best.ckpt").touch()
-    with pytest.raises(runs.OtherRunError, match=r"figures of checkpoints/best\.ckpt as it was before"):
+    with pytest.raises(OtherRunError, match=r"figures of checkpoints/best\.ckpt as it was before"):
         evaluate.sweep_job(cfg, job, {})
     (tmp_path / "run" / "weights.safetensors").unlink()
-    with pytest.raises(runs.OtherRunError, match=r"checkpoints/last\.ckpt, weights\.safetensors"):
+    with pytest.raises(OtherRunError, match=r"checkpoints/last\.ckpt, weights\.safetensors"):
         evaluate.sweep_job(cfg, job, {})
     assert read(job) == before
 
@@ -512,7 +509,7 @@ def test_settings_of_a_run_s_task_can_be_given_without_choosing_it(tmp_path: Pat
     for chosen in ([line, "task=sudoku"], [], ["run=missing"], [f"{line},missing"]):
         assert config.task_of_run(chosen) is None
     code = (
-        "from spg import config, evaluate, launch, runs\nimport sys\n"
+        "from spg.cli import evaluate, launch\nimport sys\n"
         f"sys.argv = ['evaluate', '{line}', 'task.max_number=5', 'hydra.run.dir={tmp_path / 'e'}']\n"
         "evaluate.start = lambda cfg, folder: print(cfg.task.max_number, cfg.task.eval_size)\n"
         "launch.run('evaluate', evaluate.job)\n"
@@ -534,7 +531,7 @@ def test_a_folder_that_can_t_be_written_is_one_line(
         told = capsys.readouterr().err
         assert told.startswith("hydra.run.dir: nothing can be written there")
         assert told.count("\n") == 1
-        with pytest.raises(InputError, match="can't be written to"), at_work(folder):
+        with pytest.raises(InputError, match="can't be written to"), lock(folder):
             pass
 
 
@@ -561,7 +558,7 @@ def test_what_can_t_go_on_is_refused(whole: Path, trained: Path, tmp_path: Path)
     with pytest.raises(ConfigError, match="is no evaluation's directory"):
         evaluate.resume(str(trained), [])
     with pytest.raises(ConfigError, match="is no run's configuration"):
-        runs.resume(str(whole), [])
+        resume(str(whole), [])
     cut(whole, tmp_path / "cut", 3, half=False)
     with pytest.raises(ConfigError, match=r"a run goes on with its own settings \(seed=0"):
         evaluate.resume(str(tmp_path / "cut"), ["seed=1"])

@@ -16,6 +16,7 @@ from spg import config
 from spg.algorithms.estimators import ELBO, Mixture, Sandwich
 from spg.algorithms.objectives.spg import SPG, divergence
 from spg.cli import evaluate
+from spg.cli.train import resume
 from spg.config import ConfigError
 from spg.core.errors import Interrupted
 from spg.core.types import UpdateBatch
@@ -249,7 +250,7 @@ def test_with_dropout_a_resumed_run_is_the_same(finished: Path, tmp_path: Path) 
         with pytest.raises(Interrupted):
             train_here(folder, "model.lora=default", "optimizer.lr=1e-2")
     torch.manual_seed(12345)  # another process would have another global random state
-    runs.resume(str(folder), [])
+    resume(str(folder), [])
     assert same_run(finished, folder)
 
 
@@ -295,7 +296,7 @@ def test_a_frozen_copy_is_the_reference_in_full_fine_tuning() -> None:
 def test_a_reference_exists_only_where_an_objective_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Policy] = []
     monkeypatch.setattr(Policy, "keep_reference", lambda policy: kept.append(policy))
-    from spg.training.run import build_module
+    from spg.training.assembly import build_module
 
     build_module(config.compose("config", []))
     assert kept == []

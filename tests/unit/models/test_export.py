@@ -129,7 +129,7 @@ def published(adapted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published") / "model"
     cfg = config.compose("export", [f"run={adapted}", "merge=true"])
     cfg.shard_mb = 0.2  # as if the model were larger
-    cfg_of_run = runs.of_this_version(str(adapted))
+    cfg_of_run = runs.read_updated_config(str(adapted))
     exporting.export(cfg, cfg_of_run, adapted / "checkpoints" / "best.ckpt", folder)
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
     return folder
@@ -298,7 +298,7 @@ def test_an_adapter_alone_needs_no_base(
 def test_a_base_of_4_bits_is_not_merged_unasked(
     adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = runs.of_this_version(str(adapted))
+    cfg = runs.read_updated_config(str(adapted))
     cfg.model.quantization = "nf4"
     monkeypatch.setattr(runs, "of_this_version", lambda path: cfg.copy())
     with pytest.raises(ConfigError, match=r"4-bit weights .*give merge=false .* or unquantized=true"):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from spg import config
-from spg.cli.figures import make, page
+from spg.cli.figures import report_sweep
+from spg.reports.pages import fill_page
 from spg.runs.multirun import read_rows, read_sweep
 from tests.helpers import ROOT
 
@@ -30,7 +31,7 @@ def test_the_ablations_and_the_methods_are_there() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_tables_are_made_of_their_rows(name: str, tmp_path: Path) -> None:
     made = tmp_path / name
-    make(RESULTS / name, made, "accuracy", 50)
+    report_sweep(RESULTS / name, made, "accuracy", 50)
     for file in ("table.md", "table.csv"):
         assert (made / file).read_text() == (RESULTS / name / file).read_text()
     rows, sweep = read_rows(RESULTS / name), read_sweep(RESULTS / name)
@@ -49,7 +50,7 @@ def test_tables_are_made_of_their_rows(name: str, tmp_path: Path) -> None:
 def test_the_page_shows_the_tables_as_they_are(name: str, tmp_path: Path) -> None:
     copy = tmp_path / "results"
     shutil.copytree(RESULTS, copy)
-    assert sorted(page(copy / name)) == PAGES[name]
+    assert sorted(fill_page(copy / name)) == PAGES[name]
     assert (copy / name).read_text() == (RESULTS / name).read_text()
 
 
