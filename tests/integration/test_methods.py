@@ -85,7 +85,7 @@ def test_what_a_method_does_not_read_is_told() -> None:
 
 
 REFUSED = [
-    ("algorithm=vrpo group_size=4", "group_size=4, but a preference is between two.*give group_size=2"),
+    ("algorithm=vrpo group_size=4", "group_size=4, but DPO compares 2 completions.*give group_size=2"),
     ("algorithm=espo num_mc=3", "num_mc=3 is odd: complementary pairs.*set num_mc=4"),
     ("masking.draws=antithetic num_mc=5", "num_mc=5 is odd: antithetic pairs"),
     ("algorithm=wd1 algorithm.normalization=per_token", "WD1 needs log-likelihoods of whole sequences"),
