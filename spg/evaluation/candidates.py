@@ -20,7 +20,7 @@ from spg.models.factory import base_name, build_policy, check_device, check_read
 from spg.models.lora import check_fits
 from spg.models.network import Network
 from spg.models.policy import Policy
-from spg.models.weights import load_checkpoint, load_weights
+from spg.models.weights import load_trained
 from spg.rollout.collect import complete
 from spg.rollout.decoder import Decoder
 from spg.runs.directory import read_updated_config
@@ -141,17 +141,8 @@ def _loader(policy: Policy, path: Path | None) -> Callable[[], None]:
     """Return what fills the policy from a run's file or folder; None is what it was built with."""
 
     def load() -> None:
-        if path is None:
-            return
-        try:
-            if path.suffix == ".ckpt":
-                load_checkpoint(policy.network, path)
-            elif path.suffix == ".safetensors":
-                load_weights(policy.network, path)
-            else:
-                policy.load_adapter(path)
-        except ValueError as error:
-            raise RunError(str(error)) from error
+        if path is not None:
+            load_trained(policy.network, path, policy.load_adapter if policy.has_adapter else None)
 
     return load
 

@@ -14,12 +14,12 @@ from rich.text import Text
 
 from spg.core.console import console
 from spg.core.errors import RunError
+from spg.core.files import write_json
 from spg.core.statistics import bootstrap, mean_pass_at_k, wilson
 from spg.evaluation.generations import Line
 from spg.evaluation.sources import BASE
 from spg.reports.tables import empty_table, value_text
 from spg.runs import multirun as sweeps
-from spg.runs.status import write_json
 
 RESAMPLES = 2000
 Figures = dict[str, Any]

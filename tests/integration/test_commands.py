@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from spg import config
 from spg.core.errors import Interrupted
 from spg.runs.status import write_status
-from tests import documents, faults
+from tests import documents, faults, warm
 from tests.documents import Command
 from tests.helpers import ROOT, run, train_here
 from tests.unit.models.test_published import publish as publish_llada
@@ -246,14 +245,8 @@ def test_commands_run(
     module = module.removeprefix("spg.")
     words += shortened(words, module, tmp_path / "run")
     words += for_small_models(line, module, request)
-    done = subprocess.run(
-        [sys.executable, "-m", f"spg.{module}", *words],
-        capture_output=True,
-        text=True,
-        cwd=work,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = warm.run([sys.executable, "-m", f"spg.{module}", *words], cwd=work, env=environment)
     if "nf4" in line and not torch.cuda.is_available():
         assert done.returncode == 2
         assert "CUDA" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import yaml
 
 from spg import config
 from spg.config.help import documented_keys
-from tests import documents
+from tests import documents, warm
 from tests.helpers import ROOT
 
 DOCS = ROOT / "docs"
@@ -116,7 +117,7 @@ def test_pages_on_extending_have_a_class_its_file_and_a_test() -> None:
 
 
 def test_code_of_the_pages_on_extending_works(tmp_path: Path) -> None:
-    """One project with the parts of all pages: their tests pass, and a run uses all of them but the model."""
+    """One project with the parts of all pages: their tests pass, and a run uses them, but no objective."""
     for part in PARTS:
         documents.lay_out(DOCS / "extending" / f"{part}.md", tmp_path)
     lines = [
@@ -126,25 +127,15 @@ def test_code_of_the_pages_on_extending_works(tmp_path: Path) -> None:
         "from spg.train import main",
         "main()",
     ]
-    options = "estimator=plain masking=suffix advantage=ranked task=sorting pretrain.steps=2"
+    options = "estimator=plain masking=suffix advantage=ranked task=sorting model=looped pretrain.steps=2"
     short = "experiment=quick trainer.threads=1 trainer.max_updates=4 trainer.prompts_per_rollout=2"
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines), "-cd", "conf", *options.split(), *short.split()],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**_environment(), "SPG_CACHE": str(tmp_path / "cache"), "PYTHONPATH": f"{tmp_path}:{ROOT}"},
-        check=False,
-    )
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"SPG_CACHE": str(tmp_path / "cache"), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    line = [sys.executable, "-c", "\n".join(lines), "-cd", "conf", *options.split(), *short.split()]
+    done = warm.run(line, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
     assert list(tmp_path.glob("runs/sorting-plain-*/weights.safetensors"))
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "SPG_"))}
 
 
 @pytest.mark.long

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+from tests import warm
 from tests.helpers import ROOT
 
 EXAMPLES = ROOT / "examples"
+# what `python <script> <argument> ...` does, in a process that has imported torch already
+START = """
+import runpy, sys
+from pathlib import Path
+
+del sys.argv[0]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def _run(name: str, *arguments: str, folder: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SPG_CACHE": str(folder / "cache")},
-        check=False,
-    )
+    line = [sys.executable, "-c", START, str(EXAMPLES / name), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SPG_CACHE": str(folder / "cache")}
+    done = warm.run(line, cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
