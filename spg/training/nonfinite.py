@@ -53,7 +53,7 @@ def non_finite_error(
         experience: What this process collected.
         batch: What the update learns from; None for a reward.
         gradient: Computes log-probabilities and loss again.
-        weights: Whole trained tensors by their names in the policy; used on the first process.
+        weights: Whole trained tensors {name in the policy: [...]}; used on the first process.
         world: The processes.
     """
     completions = experience.rollout.texts
