@@ -85,7 +85,7 @@ def as_rollout(policy: Policy, task: Task, examples: list[Example], gen_length: 
     )
     completion = solved.template
     mask = through_first(completion == policy.eos_id)
-    return Rollout.written(prompts, completion, mask, tuple(texts), tuple(examples))
+    return Rollout.of_completions(prompts, completion, mask, tuple(texts), tuple(examples))
 
 
 def ensure_base_weights(cfg: DictConfig) -> Path:
@@ -107,7 +107,7 @@ def pretrain(cfg: DictConfig, folder: Path) -> Path:
             "models: model=tiny, or model=llada_toy"
         )
     # those of a file may be held out: only generated examples, or a training file, are learned here
-    task: Task = build(cfg.task, path=None)
+    task: Task = build(cfg.task, **({"path": None} if "path" in cfg.task else {}))
     demonstrations = task.demonstrations()
     check_reads(cfg, task.prompt(demonstrations[0]), task.name)
     numbers = cfg.pretrain
