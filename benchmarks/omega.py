@@ -25,8 +25,8 @@ from spg.core.seeding import derive_seed
 from spg.core.types import Experience
 from spg.models.weights import read_checkpoint
 from spg.rollout.collect import collect
+from spg.training.assembly import build_module
 from spg.training.module import Training
-from spg.training.run import build_module
 
 OMEGAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 

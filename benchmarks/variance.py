@@ -29,8 +29,8 @@ from spg.algorithms.masking import BlockRandom
 from spg.core.seeding import Streams, derive_seed
 from spg.core.types import MaskedSamples, Rollout
 from spg.rollout.collect import collect
+from spg.training.assembly import build_module
 from spg.training.module import Training
-from spg.training.run import build_module
 
 
 class SharedBlock(BlockRandom):

@@ -145,16 +145,16 @@ def fails_at(update: str, patch: Patch = setattr) -> None:
 
 def fails_where(key: str, patch: Patch = setattr) -> None:
     """Raise in the training of runs whose folder's name holds `key`."""
-    import spg.training.run
+    import spg.cli.train
 
-    original = spg.training.run.train
+    original = spg.cli.train.train
 
-    def train(cfg: Any, folder: Path, *rest: Any, **more: Any) -> Any:
-        if key in folder.name:
+    def train(run: Any) -> Any:
+        if key in run.folder.name:
             raise ZeroDivisionError("planted")
-        return original(cfg, folder, *rest, **more)
+        return original(run)
 
-    patch(spg.training.run, "train", train)
+    patch(spg.cli.train, "train", train)
 
 
 if __name__ == "__main__":

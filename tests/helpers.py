@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spg import config
+from spg.cli.train import start
 from spg.core.files import read_csv
 from spg.core.types import Experience, Prompts, Rollout
 from spg.models.llada import LLaDA, LLaDAConfig
 from spg.models.policy import Policy
 from spg.models.tokenizer import tiny_tokenizer
-from spg.runs import directory as runs
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -162,7 +162,7 @@ def run(module: str, *overrides: str, folder: Path | None = None, check: bool = 
 def train_here(folder: Path, *overrides: str) -> Path:
     """Train in this process, as `spg.train` with QUICK would, and return the run's folder."""
     cfg = config.compose("config", [*QUICK, *overrides])
-    runs.start(cfg, folder, [])
+    start(cfg, folder, [])
     return folder
 
 

@@ -22,7 +22,9 @@ from spg.core.errors import Interrupted, RunError
 from spg.evaluation.comparison import report_multirun
 from spg.evaluation.settings import CHANGEABLE, fingerprints, merge_settings
 from spg.runs import directory as runs
-from spg.runs.status import at_work, read_status, write_status
+from spg.runs.identity import OtherRunError, apply_changes, check_same, identity
+from spg.runs.jobs import run_job
+from spg.runs.status import lock, read_status, record_failure, write_status
 
 log = logging.getLogger(__name__)
 
@@ -31,17 +33,21 @@ def job(cfg: DictConfig) -> None:
     """Evaluate as configured and leave a folder with config.yaml, generations.jsonl and results.json."""
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
-    # a task that the command line did not choose is the run's own, with the run's settings
+    # a task that the command line did not choose is that of the run, with its settings
     overrides = [line for line in hydra_cfg.overrides.task if line != os.environ.get("SPG_RUN_TASK")]
     if hydra_cfg.mode == RunMode.MULTIRUN:
         values = launch.swept_values(cfg)
-        runs.one_of_many(folder, values, lambda: sweep_job(merge_settings(cfg, overrides), folder, values))
+        run_job(folder, values, lambda: sweep_job(merge_settings(cfg, overrides), folder, values))
     else:
         start(merge_settings(cfg, overrides), folder)
 
 
 def start(cfg: DictConfig, folder: Path) -> None:
-    """Start an evaluation in `folder`; raises ConfigError where that holds one already, or a run."""
+    """Start an evaluation in `folder`.
+
+    Raises:
+        ConfigError: if the folder holds an evaluation already, or a run.
+    """
     if (folder / "generations.jsonl").exists():
         raise ConfigError(
             f"{folder} holds an evaluation already; go on with it (python -m spg.evaluate resume={folder}), "
@@ -49,22 +55,26 @@ def start(cfg: DictConfig, folder: Path) -> None:
         )
     if runs.holds_run(folder):
         raise ConfigError(f"{folder} holds a training run; give another hydra.run.dir")
-    with at_work(folder):
+    with lock(folder):
         runs.write_config(cfg, folder)
         _work(cfg, folder)
 
 
 def resume(path: str, overrides: list[str]) -> None:
-    """Go on with the evaluation in the folder `path`; raises ConfigError where it is none, or finished."""
+    """Go on with the evaluation in the folder `path`.
+
+    Raises:
+        ConfigError: if it is no evaluation, or a finished one, or an override would change its figures.
+    """
     folder = Path(path)
     cfg = config.saved(folder / "config.yaml")
     if cfg is None or "generations" not in cfg:
         raise ConfigError(
             f"resume={path} is no evaluation's directory; give the one that `python -m spg.evaluate` printed"
         )
-    changed = runs.changed(cfg, overrides, folder, CHANGEABLE)
+    changed = apply_changes(cfg, overrides, folder, CHANGEABLE)
     config.check(changed)
-    with at_work(folder):
+    with lock(folder):
         if read_status(folder).get("state") == "finished":
             raise ConfigError(
                 f"resume={path}: this evaluation is finished: {folder / 'results.json'}; to score its "
@@ -76,10 +86,10 @@ def resume(path: str, overrides: list[str]) -> None:
 
 
 def sweep_job(cfg: DictConfig, folder: Path, values: dict[str, Any]) -> bool:
-    """Do one job of a multirun, or what is left of it; never asks the others to stop."""
+    """Do one job of a multirun, or what is left of it; return False: it never asks the others to stop."""
     before = config.saved(folder / "config.yaml")
     if before is not None:
-        runs.same(runs.identity(before, CHANGEABLE), runs.identity(cfg, CHANGEABLE), folder)
+        check_same(identity(before, CHANGEABLE), identity(cfg, CHANGEABLE), folder)
     status = read_status(folder)
     if status.get("state") == "finished":
         _same_files(status.get("made_with", {}), cfg, folder)
@@ -92,22 +102,25 @@ def sweep_job(cfg: DictConfig, folder: Path, values: dict[str, Any]) -> bool:
 
 
 def _same_files(made_with: dict[str, Any], cfg: DictConfig, folder: Path) -> None:
-    """Raise OtherRunError where the files that a finished evaluation's figures come from are others now."""
+    """Raise OtherRunError if the files behind the figures of a finished evaluation have changed."""
     before = {name: about for name, about in made_with.items() if name != "device"}
     now = fingerprints(cfg)
     others = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if others:
-        raise runs.OtherRunError(
+        raise OtherRunError(
             f"{folder} holds figures of {', '.join(others)} as it was before it changed; give another "
             "hydra.sweep.dir, or remove it"
         )
 
 
 def _work(cfg: DictConfig, folder: Path) -> None:
-    """Evaluate, and tell in the folder's status how it ended; Ctrl-C and SIGTERM say how to go on."""
+    """Evaluate, and write to the folder's status how it ended; Ctrl-C and SIGTERM say how to go on."""
     again = f"python -m spg.evaluate resume={folder}"
     write_status(folder, state="running", error=None)
-    with runs.told_in_status(folder), _stopping(f"stopped; what was completed is saved; go on with: {again}"):
+    with (
+        record_failure(folder),
+        _stop_at_signals(f"stopped; what was completed is saved; go on with: {again}"),
+    ):
         from spg.evaluation.run import run_evaluation
 
         try:
@@ -118,8 +131,8 @@ def _work(cfg: DictConfig, folder: Path) -> None:
 
 
 @contextmanager
-def _stopping(words: str) -> Iterator[None]:
-    """Raise Interrupted, with `words`, at Ctrl-C and SIGTERM, where this thread may take signals over."""
+def _stop_at_signals(words: str) -> Iterator[None]:
+    """Raise Interrupted with `words` at Ctrl-C and SIGTERM, if this thread may handle signals."""
 
     def stop(number: int, frame: Any) -> None:
         raise Interrupted(words)

@@ -24,7 +24,7 @@ PLACES = {
 def job(cfg: DictConfig) -> None:
     """Write the folder and say how it is loaded; raises ConfigError before the model is built."""
     config.check(cfg)
-    trained = runs.of_this_version(cfg.run)
+    trained = runs.read_updated_config(cfg.run)
     whole = cfg.merge or trained.model.lora is None
     source = checkpoint(Path(cfg.run), cfg.checkpoint)
     output = destination(cfg, whole)

@@ -24,8 +24,9 @@ from spg.core.console import take_over_logging
 from spg.core.errors import InputError, Interrupted, RunError
 from spg.core.files import DISK_FULL
 from spg.reports.tables import show_jobs
+from spg.runs.jobs import LEFT_ALONE, STOPPING
 from spg.runs.multirun import write_runs
-from spg.runs.status import LEFT_ALONE, STOPPING, read_status, write_json
+from spg.runs.status import read_status, write_json
 
 log = logging.getLogger(__name__)
 

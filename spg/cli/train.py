@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -13,7 +16,13 @@ from omegaconf import DictConfig
 
 from spg import config
 from spg.cli import launch
-from spg.runs import directory as runs
+from spg.core.process import rank
+from spg.runs import lifecycle
+from spg.runs.jobs import train_job
+from spg.runs.lifecycle import Run
+from spg.runs.status import write_status
+
+log = logging.getLogger(__name__)
 
 
 def job(cfg: DictConfig) -> None:
@@ -22,12 +31,61 @@ def job(cfg: DictConfig) -> None:
     folder = Path(hydra_cfg.runtime.output_dir)
     overrides = list(hydra_cfg.overrides.task)
     if hydra_cfg.mode == RunMode.MULTIRUN:
-        runs.sweep_job(cfg, folder, overrides, launch.swept_values(cfg))
+        train_job(cfg, folder, overrides, launch.swept_values(cfg), train)
     else:
         config.check(cfg)
-        runs.start(cfg, folder, overrides)
+        start(cfg, folder, overrides)
+
+
+def start(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> None:
+    """Start a run in `folder`; `overrides` is what the command line gave."""
+    lifecycle.start(cfg, folder, overrides, train)
+
+
+def resume(path: str, overrides: Sequence[str] = ()) -> None:
+    """Go on with the run in the directory `path`, or from one of its checkpoints."""
+    lifecycle.resume(path, overrides, train)
+
+
+def train(run: Run) -> bool:
+    """Build the objects that the run's configuration describes, and train.
+
+    Returns:
+        Whether the user asked to stop when nothing was left to stop.
+    """
+    cfg, folder = run.cfg, run.folder
+    if cfg.trainer.devices > 1 or run.group is not None:
+        # threads that wait spinning are fast alone, and starve those of other processes on the same cores
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from spg.models.factory import check_device
+    from spg.training.assembly import build_module, load_task
+    from spg.training.failures import explain_failures
+    from spg.training.launching import Processes, prepare_process
+    from spg.training.pretraining import ensure_base_weights
+    from spg.training.resumption import latest_checkpoint, read_start
+    from spg.training.run import fit
+    from spg.training.settings import TrainerSettings
+
+    settings = TrainerSettings.of(cfg.trainer)
+    prepare_process(settings.threads)
+    checkpoint = run.checkpoint or latest_checkpoint(folder / "checkpoints")
+    log.info("Run: %s", folder)
+
+    def abort(text: str) -> None:
+        write_status(folder, state="failed", error=text)
+        os.write(2, f"{text}; go on with: python -m spg.train resume={folder}\n".encode())
+        os._exit(1)
+
+    with explain_failures(cfg, folder):
+        check_device(cfg)
+        task = load_task(cfg)  # if data are missing, no base weights need to be made
+        if rank() == 0 and cfg.model.weights == "base":
+            ensure_base_weights(cfg)  # made once, and not by each process
+        with Processes([f"resume={checkpoint or folder}", *run.changes], settings.devices, abort):
+            start = read_start(checkpoint)
+            return fit(build_module(cfg, task), run, settings, start)
 
 
 def main() -> None:
     """Run the command."""
-    launch.run("config", job, runs.resume)
+    launch.run("config", job, resume)

@@ -24,7 +24,7 @@ from spg.models.network import Network
 from spg.models.policy import Policy
 from spg.models.weights import load_checkpoint, load_weights
 from spg.rollout.decoder import Decoder
-from spg.runs.directory import of_this_version
+from spg.runs.directory import read_updated_config
 from spg.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def _model_settings(cfg: DictConfig) -> DictConfig:
         bare = cfg.copy()
         bare.model.lora = None
         return bare
-    trained = of_this_version(cfg.run)
+    trained = read_updated_config(cfg.run)
     trained.model = cfg.model
     trained.trainer.accelerator = cfg.accelerator
     return trained

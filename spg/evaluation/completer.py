@@ -40,9 +40,7 @@ class Completer:
         index = torch.tensor([item.index + SAMPLES_APART * item.sample for item in items])
         was_training = self.policy.training
         self.policy.eval()
-        rollout = collect.complete(
-            self.policy, self.decoder, self.task, examples, group, index, self.seed
-        )
+        rollout = collect.complete(self.policy, self.decoder, self.task, examples, group, index, self.seed)
         self.policy.train(was_training)
         steps = [len(row[row >= 0].unique()) for row in rollout.commit_step.cpu()]
         tokens = rollout.completion_mask.sum(-1).tolist()

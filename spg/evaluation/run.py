@@ -24,7 +24,7 @@ from spg.evaluation.metrics import summarize
 from spg.evaluation.selection import describe_selection, select
 from spg.evaluation.tables import percent, show_results
 from spg.models.base_weights import existing
-from spg.runs import directory as runs
+from spg.runs.provenance import git_commit, versions
 from spg.runs.status import read_status, write_json, write_status
 from spg.tasks.base import Task
 from spg.tasks.scoring import score_all
@@ -69,8 +69,8 @@ def run_evaluation(
         "results": results,
         "selection": _selection(cfg, {model: figures["accuracy"] for model, figures in results.items()}),
         "settings": found.settings,
-        "git_commit": runs.git_commit(),
-        "versions": runs.versions(),
+        "git_commit": git_commit(),
+        "versions": versions(),
     }
     write_json(folder / "results.json", record)
     show_results(record)

@@ -14,7 +14,8 @@ from spg import config
 from spg.config import ConfigError
 from spg.evaluation.selection import run_weights
 from spg.models import hub
-from spg.runs import directory as runs
+from spg.runs.directory import read_updated_config
+from spg.runs.provenance import file_stamp
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def merge_run(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: if the directory holds no run, or its task lacks a setting.
     """
-    trained = runs.of_this_version(cfg.run)
+    trained = read_updated_config(cfg.run)
     given = _keys(overrides)
     merged = cfg.copy()
     OmegaConf.set_struct(merged, False)
@@ -139,9 +140,7 @@ def adapter_settings(folder: Path) -> dict[str, str]:
         inner = folder / "adapter"
         has_inner = (inner / path.name).is_file()
         remedy = f"adapter={inner}" if has_inner else "the folder adapter/ that a run with LoRA leaves"
-        raise ConfigError(
-            f"adapter={folder} is no PEFT folder: it has no adapter_config.json; give {remedy}"
-        )
+        raise ConfigError(f"adapter={folder} is no PEFT folder: it has no adapter_config.json; give {remedy}")
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
     except (OSError, ValueError, AttributeError) as error:
@@ -158,7 +157,7 @@ def fingerprints(cfg: DictConfig) -> dict[str, list[int]]:
     are a file or a local folder. If a figure changes, the completions would change too.
     """
     if cfg.generations is not None:
-        return {"generations": runs.fingerprint(Path(cfg.generations))}
+        return {"generations": file_stamp(Path(cfg.generations))}
     files = dict(run_weights(Path(cfg.run), cfg.select)) if cfg.run is not None else {}
     if cfg.model.weights not in WEIGHT_WORDS and Path(cfg.model.weights).exists():
         files["weights"] = Path(cfg.model.weights)
@@ -167,7 +166,7 @@ def fingerprints(cfg: DictConfig) -> dict[str, list[int]]:
     base = cfg.model.get("path")
     if cfg.model.weights == "published" and base is not None and Path(base).is_dir():
         files["model.path"] = Path(base)
-    return {name: runs.fingerprint(path) for name, path in files.items()}
+    return {name: file_stamp(path) for name, path in files.items()}
 
 
 def _check_contradictions(cfg: DictConfig, given: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ from spg.models.hub import CONFIG, config_fields, fetch
 from spg.models.lora import TENSORS, Merged, add_adapter, load_adapter, merged, name_base, save_adapter
 from spg.models.network import Network
 from spg.models.weights import INDEX, SINGLE, load_checkpoint, load_weights
-from spg.runs.directory import git_commit
+from spg.runs.provenance import git_commit
 from spg.runs.status import read_status, write_json
 
 log = logging.getLogger(__name__)

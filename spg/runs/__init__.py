@@ -1,1 +1,1 @@
-"""A run on disk: its directory, its status, and the jobs of a multirun."""
+"""Runs on disk: directories, status and identity, multiruns and their jobs, and where numbers come from."""

@@ -1,4 +1,4 @@
-"""What a run's directory says about the run: its state, and who is at work in it."""
+"""The state of a run: its status.json, and the lock of its directory."""
 
 from __future__ import annotations
 
@@ -9,27 +9,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from spg.core.errors import InputError, RunError
+from spg.core.errors import InputError, Interrupted, RunError
 from spg.core.files import DISK_FULL, write_text
 
 STATES = ("running", "finished", "failed", "interrupted")
-# in a multirun's directory: which jobs the last command did not touch, and why
-LEFT_ALONE = "left-alone.txt"
-# in a multirun's directory while it is being stopped: no job starts any more
-STOPPING = "stopping"
 
 
 class InUseError(RunError):
-    """Another process is at work on the run."""
+    """Another process works in the directory of a run."""
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` to `path`, whole or not at all."""
+    """Write `content` to `path`, completely or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """Return the status of the run in `folder`, {} where there is none."""
+    """Return the status of the run in `folder`, {} if there is none."""
     path = folder / "status.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -40,21 +36,43 @@ def write_status(folder: Path, **changes: Any) -> None:
 
 
 @contextmanager
-def at_work(folder: Path) -> Iterator[None]:
-    """Hold the run's directory; raises InUseError where another process holds it.
+def record_failure(folder: Path) -> Iterator[None]:
+    """Write to the status of `folder` that a `with` block failed or was interrupted, if it does.
 
-    The lock ends with the process, however it ends. Raises InputError where nothing can be written there.
+    The error is raised again. A finished run stays finished: the block failed before it changed anything.
+    """
+    try:
+        yield
+    except BaseException as error:
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
+        if read_status(folder).get("state") != "finished":
+            text = (str(error) or type(error).__name__).splitlines()[0]
+            write_status(folder, state="interrupted" if stopped else "failed", error=text)
+        raise
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Lock the directory of a run for the time of a `with` block, and make it if it does not exist.
+
+    The lock ends with the process, however that ends.
+
+    Raises:
+        InUseError: if another process has locked it.
+        InputError: if nothing can be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
+        handle = (folder / ".lock").open("a")
     except OSError as error:
         if error.errno in DISK_FULL:
             raise
         raise InputError(f"{folder} can't be written to ({error}); give a directory that can be") from error
-    with lock as file:
+    with handle as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InUseError(f"{folder} is in use: another process is at work on this run") from error
+            raise InUseError(
+                f"{folder} is in use: another process works on this run; wait until it ends, or stop it"
+            ) from error
         yield

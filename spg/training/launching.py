@@ -1,12 +1,13 @@
 """Several processes of one run on this machine: start the others, watch them, end them.
 
-Lightning finds the environment set and joins the processes to one group (its strategy `ddp`). They are
-started here, as `python -m spg.train resume=<run>`, so that each reads the configuration that the first
-one wrote, and so that the death of one is told in a line that says what to do.
+Lightning finds its environment set and joins the processes to one group (strategy `ddp` or `fsdp`). The
+others are started here, as `python -m spg.train resume=<run>`. So each reads the configuration that the first
+one wrote, and if one dies, a message says what to do.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -18,31 +19,38 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from spg.core.errors import RunError
+import torch
 
-# seconds that the others get to end by themselves when one has died
+from spg.core.console import take_over_logging
+from spg.core.errors import RunError
+from spg.core.memory import keep_freed_memory
+from spg.core.process import RANK, rank
+
+# seconds that the others get to end by themselves after one has died
 GRACE = 20.0
 _NAMES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+_PARENT = "SPG_PARENT"
 
 
-def rank() -> int:
-    """Return this process's number in its run, 0 for the first or only one."""
-    return int(os.environ.get("SPG_RANK", "0"))
+class Processes:
+    """The processes of a run other than this one, for the time of a `with` block.
 
+    In a process that is not the first, and for a count of 1, nothing is started.
 
-class Ranks:
-    """The other `count - 1` processes of a run, for the time of a `with` block.
+    Args:
+        arguments: Arguments of `python -m spg.train` for the other processes.
+        count: Number of processes of the run, this one included.
+        abort: Called with a message if another process dies, after GRACE seconds in which this process may
+            have noticed and left the block by itself.
 
-    arguments: of `python -m spg.train` for them. When one of them dies, `lost` is called with a line that
-    says so, after GRACE seconds in which this process may have noticed and left the block by itself.
-    Outside the first process, and for a count of 1, nothing happens. Raises RunError where another
-    launcher has started this process as one of several.
+    Raises:
+        RunError: if another launcher has started this process as one of several.
     """
 
-    def __init__(self, arguments: Sequence[str], count: int, lost: Callable[[str], None]) -> None:
+    def __init__(self, arguments: Sequence[str], count: int, abort: Callable[[str], None]) -> None:
         self.arguments = arguments
         self.count = count
-        self.lost = lost
+        self.abort = abort
         self.others: list[subprocess.Popen[bytes]] = []
         self._over = threading.Event()
 
@@ -63,7 +71,7 @@ class Ranks:
         os.environ.update(zip(_NAMES, values, strict=True))
         command = [sys.executable, "-m", "spg.train", *self.arguments]
         for number in range(1, self.count):
-            own = {"LOCAL_RANK": str(number), "SPG_RANK": str(number), "SPG_PARENT": str(os.getpid())}
+            own = {"LOCAL_RANK": str(number), RANK: str(number), _PARENT: str(os.getpid())}
             self.others.append(subprocess.Popen(command, env={**os.environ, **own}, start_new_session=True))
         threading.Thread(target=self._watch, daemon=True).start()
         return self
@@ -79,19 +87,19 @@ class Ranks:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
-        # what torch.distributed raises where another process is gone
+        # torch.distributed raises a RuntimeError if another process is gone
         if died is not None and isinstance(error, RuntimeError):
             raise RunError(f"{died}; the others were ended") from error
 
     def _end_others(self, error: BaseException | None) -> str | None:
-        """Wait for the others, or end them after a failure; return a line about one that died before."""
+        """Wait for the others, or end them after a failure; return a message if one had died before."""
         died = None
         if isinstance(error, RuntimeError):
             deadline = time.monotonic() + 2.0
             while self.others and died is None and time.monotonic() < deadline:
                 time.sleep(0.1)
-                died = self.dead()
-        # after an error of this process's own they wait for it in vain
+                died = self._find_dead()
+        # after an error in this process they wait for it in vain
         patience = 2.0 if isinstance(error, Exception) and not isinstance(error, RunError) else GRACE
         deadline = time.monotonic() + patience
         for other in self.others:
@@ -102,8 +110,8 @@ class Ranks:
                 other.wait()
         return died
 
-    def dead(self) -> str | None:
-        """Return a line about a process that ended by a signal or an error, None if there is none."""
+    def _find_dead(self) -> str | None:
+        """Return a message about a process that ended by a signal or an error, None if there is none."""
         for number, other in enumerate(self.others, start=1):
             code = other.poll()
             if code is not None and code != 0:
@@ -113,17 +121,31 @@ class Ranks:
 
     def _watch(self) -> None:
         while not self._over.wait(1.0):
-            died = self.dead()
+            died = self._find_dead()
             if died is not None and not self._over.wait(GRACE):
                 for other in self.others:
                     other.kill()
-                self.lost(f"{died}; the others were ended")
+                self.abort(f"{died}; the others were ended")
                 return
 
 
+def prepare_process(threads: int) -> None:
+    """Set this process up to train: its log, memory, threads, and its end if the first process ends.
+
+    Args:
+        threads: CPU threads that torch uses.
+    """
+    take_over_logging()
+    if rank() > 0:
+        logging.getLogger().setLevel(logging.WARNING)
+        end_with_parent()
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+
+
 def end_with_parent() -> None:
-    """End this process when the one that started it is gone, which a blocked collective would not notice."""
-    parent = int(os.environ["SPG_PARENT"])
+    """End this process when the one that started it has ended; a blocked collective would not notice."""
+    parent = int(os.environ[_PARENT])
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -33,8 +33,10 @@ from spg.core.limits import check_limits
 from spg.core.seeding import derive_seed
 from spg.core.types import Cohort, Experience, MaskedSamples
 from spg.core.world import World
+from spg.evaluation.completer import Completer
+from spg.evaluation.evaluator import Evaluation, evaluate
 from spg.models.policy import Policy
-from spg.rollout.collect import Collected, Evaluation, collect, evaluate
+from spg.rollout.collect import Collected, collect
 from spg.rollout.decoder import Decoder
 from spg.rollout.prompt_order import PromptStream
 from spg.tasks.base import Task
@@ -488,14 +490,9 @@ class Training(pl.LightningModule):
     def evaluate(self, split: str) -> Evaluation:
         """Decode and measure the completions of a split, each once, whatever the number of processes."""
         started = time.perf_counter()
-        result = evaluate(
-            self.policy,
-            self.evaluator,
-            self.task,
-            self.task.examples(split),
-            self.eval_batch_size,
-            world=self.world,
-        )
+        complete = Completer(self.policy, self.evaluator, self.task)
+        examples = self.task.examples(split)
+        result = evaluate(complete, self.task, examples, self.eval_batch_size, self.world)
         self.seconds["evaluation"] += time.perf_counter() - started
         return result
 

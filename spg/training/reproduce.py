@@ -17,8 +17,8 @@ from spg.algorithms.objectives import Adaptive
 from spg.config import ConfigError
 from spg.core.console import console
 from spg.core.types import Experience, MaskedSamples, Rollout
+from spg.training.assembly import build_module
 from spg.training.module import Training
-from spg.training.run import build_module
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spg import config
+from spg.cli.train import resume
 from spg.core.files import read_csv
 from spg.core.types import Experience, MaskedSamples
 from spg.models.policy import Policy
@@ -258,9 +259,8 @@ def test_a_run_with_an_old_policy_and_a_reference_resumes(tmp_path: Path) -> Non
     lines = ("algorithm=d1", *SHORT, "trainer.max_updates=6")
     train_here(tmp_path / "whole", *lines)
     train_here(tmp_path / "parts", *lines, "trainer.max_updates=2")
-    from spg.runs import directory as runs
 
-    runs.resume(str(tmp_path / "parts"), ["trainer.max_updates=6"])
+    resume(str(tmp_path / "parts"), ["trainer.max_updates=6"])
     assert same_run(tmp_path / "whole", tmp_path / "parts")
 
 

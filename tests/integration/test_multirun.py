@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import inspect
 import json
 import os
 import shlex
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -21,10 +19,13 @@ from omegaconf import OmegaConf
 
 from spg import config
 from spg.cli import launch
+from spg.cli.train import resume, train
 from spg.config import ConfigError
 from spg.runs import directory as runs
-from spg.runs.status import LEFT_ALONE, at_work, read_status, write_status
-from spg.training import run as training
+from spg.runs import lifecycle
+from spg.runs.jobs import LEFT_ALONE, train_job
+from spg.runs.lifecycle import Run
+from spg.runs.status import lock, read_status, write_status
 from tests.helpers import QUICK, ROOT, command, same_run
 
 # a job of about a second: four updates, two checkpoints
@@ -47,7 +48,7 @@ JOBS = {
 SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml") if path.stem != "tiny_sudoku")
 # prints what Hydra makes of a command line, a line a job, instead of training
 ONLY_TOLD = (
-    "from hydra.core.hydra_config import HydraConfig; from spg import launch\n"
+    "from hydra.core.hydra_config import HydraConfig; from spg.cli import launch\n"
     "launch.run('config', lambda cfg: print('job:', *HydraConfig.get().overrides.task))\n"
 )
 
@@ -115,7 +116,7 @@ def test_a_jobs_directory_goes_back_on_the_command_line_as_it_is(serial: tuple[P
         assert override.value() == str(folder)
         assert shlex.quote(str(folder)) == str(folder), "nor does a shell need quotes"
         with pytest.raises(ConfigError, match="this run is finished"):
-            runs.resume(str(folder), [])
+            resume(str(folder), [])
 
 
 def test_side_by_side_they_are_the_same_jobs_and_one_that_fails_stops_no_other(
@@ -137,7 +138,7 @@ def test_side_by_side_they_are_the_same_jobs_and_one_that_fails_stops_no_other(
     assert all(same_run(serial[0] / name, folder / name) for name in others)
     broken.unlink()
     cfg = config.compose("config", [*TINY, "estimator=elbo", "seed=2"])
-    runs.sweep_job(cfg, broken.parent.parent, [], JOBS["estimator-elbo_seed-2"])
+    train_job(cfg, broken.parent.parent, [], JOBS["estimator-elbo_seed-2"], train)
     assert same_run(serial[0] / "estimator-elbo_seed-2", broken.parent.parent)
 
 
@@ -219,9 +220,9 @@ def test_jobs_of_another_configuration_are_left_alone(serial: tuple[Path, str], 
 
 def test_a_job_that_another_process_is_at_work_on_is_left_alone(tmp_path: Path) -> None:
     cfg = config.compose("config", [*TINY])
-    with at_work(tmp_path / "job"):
+    with lock(tmp_path / "job"):
         write_status(tmp_path / "job", state="running")
-        runs.sweep_job(cfg, tmp_path / "job", [], {})
+        train_job(cfg, tmp_path / "job", [], {}, train)
     assert read_status(tmp_path / "job") == {"state": "running"}
     assert (tmp_path / LEFT_ALONE).read_text().startswith(f"job: {tmp_path / 'job'} is in use")
 
@@ -231,28 +232,23 @@ def test_more_updates_train_on(serial: tuple[Path, str], tmp_path: Path) -> None
     lines, values = ["estimator=elbo", "seed=1"], {"estimator": "elbo", "seed": 1}
     for updates in (2, 4, 4):
         cfg = config.compose("config", [*TINY, *lines, f"trainer.max_updates={updates}"])
-        runs.sweep_job(cfg, tmp_path / "job", [], values)
+        train_job(cfg, tmp_path / "job", [], values, train)
         assert read_status(tmp_path / "job")["updates"] == updates
     assert same_run(serial[0] / "estimator-elbo_seed-1", tmp_path / "job")
     assert runs.read_config(tmp_path / "job").trainer.max_updates == 4
 
 
-def test_a_job_that_is_resumed_by_itself_stays_in_its_group(
-    serial: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_that_is_resumed_by_itself_stays_in_its_group(serial: tuple[Path, str], tmp_path: Path) -> None:
     shutil.copytree(serial[0], tmp_path / "sweep")
     shutil.copytree(serial[0] / "estimator-elbo_seed-1", tmp_path / "single")
     groups: list[str | None] = []
-    signature = inspect.signature(training.train)
 
-    def train(*arguments: Any, **named: Any) -> None:
-        given = signature.bind(*arguments, **named)
-        given.apply_defaults()
-        groups.append(given.arguments["group"])
+    def note_group(run: Run) -> bool:
+        groups.append(run.group)
+        return False
 
-    monkeypatch.setattr(training, "train", train)
     for folder in (tmp_path / "sweep" / "estimator-elbo_seed-1", tmp_path / "single"):
-        runs.resume(str(folder), ["trainer.max_updates=6"])
+        lifecycle.resume(str(folder), ["trainer.max_updates=6"], note_group)
     assert groups == ["sweep", None]
 
 
@@ -414,7 +410,7 @@ def test_a_combination_that_is_out_of_range_fails_its_own_job(tmp_path: Path) ->
     cfg = config.compose("config", list(QUICK))
     OmegaConf.update(cfg, "task.min_empty", 10)
     OmegaConf.update(cfg, "task.max_empty", 6)
-    runs.sweep_job(cfg, tmp_path / "sweep" / "job", [], {"task.min_empty": 10})
+    train_job(cfg, tmp_path / "sweep" / "job", [], {"task.min_empty": 10}, train)
     status = read_status(tmp_path / "sweep" / "job")
     assert status["state"] == "failed"
     assert "task.min_empty=10 is above task.max_empty=6" in status["error"]

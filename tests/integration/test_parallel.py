@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spg.cli.train import resume
+from spg.config import ConfigError
 from spg.core.world import World
-from spg.rollout.collect import evaluate
+from spg.evaluation.completer import Completer
+from spg.evaluation.evaluator import evaluate
 from spg.rollout.decoder import Decoder
-from spg.runs import directory as runs
 from spg.runs.status import read_status
 from spg.tasks.sudoku import Sudoku
 from tests.helpers import QUICK, ROOT, command, comparable, run, small_policy, train_here
@@ -168,7 +170,8 @@ def test_shares_of_an_evaluation_cover_each_item_once(processes: int) -> None:
     policy, task = small_policy(), Sudoku(train_size=8, eval_size=7)
     decoder = Decoder(24, 12, 8, temperature=1.0)
     examples = task.examples("test")
-    whole = evaluate(policy, decoder, task, examples, 3, seed=5)
+    complete = Completer(policy, decoder, task, seed=5)
+    whole = evaluate(complete, task, examples, 3)
     shares: list[list] = []
 
     class Alone(World):
@@ -185,13 +188,13 @@ def test_shares_of_an_evaluation_cover_each_item_once(processes: int) -> None:
             return [row for share in shares for row in share]
 
     for rank in range(processes):
-        evaluate(policy, decoder, task, examples, 2, 5, Alone(rank, processes))
-    joined = evaluate(policy, decoder, task, examples, 2, 5, Last(0, processes))
+        evaluate(complete, task, examples, 2, Alone(rank, processes))
+    joined = evaluate(complete, task, examples, 2, Last(0, processes))
     assert joined.texts == whole.texts
     assert joined.measures["accuracy"].tolist() == whole.measures["accuracy"].tolist()
 
 
 def test_a_run_of_one_process_is_not_resumed_by_two(tmp_path: Path) -> None:
     folder = train_here(tmp_path / "run", "trainer.max_updates=4", "task.eval_size=4")
-    with pytest.raises(runs.ConfigError, match=r"trainer\.devices=2: a run goes on with its own settings"):
-        runs.resume(str(folder), ["trainer.devices=2", "trainer.max_updates=8"])
+    with pytest.raises(ConfigError, match=r"trainer\.devices=2: a run goes on with its own settings"):
+        resume(str(folder), ["trainer.devices=2", "trainer.max_updates=8"])

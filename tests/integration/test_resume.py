@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from spg.cli.train import resume
 from spg.config import ConfigError
 from spg.core.errors import Interrupted, RunError
 from spg.core.files import read_csv
-from spg.runs import directory as runs
-from spg.runs.status import at_work, read_status, write_status
+from spg.runs.status import lock, read_status, write_status
 from spg.training.reproduce import reproduce
 from tests import faults
 from tests.helpers import QUICK, ROOT, command, comparable, run, same_run, train_here
@@ -76,7 +76,7 @@ def test_killed_while_a_checkpoint_is_written(whole: Path, tmp_path: Path, numbe
     staged = [path.name for path in (folder / "checkpoints").iterdir() if path.suffix == ".tmp"]
     assert len(staged) == 1, "half a file is there, under its temporary name"
     assert (folder / "checkpoints" / "last.ckpt").exists() == (number > 1)
-    runs.resume(str(folder), [])
+    resume(str(folder), [])
     assert same_run(whole, folder)
     assert not [path for path in (folder / "checkpoints").iterdir() if path.suffix == ".tmp"]
 
@@ -104,7 +104,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(whole: Path, tmp_path: Path) -> None
     assert "Traceback" not in done.stderr
     assert read_status(folder)["state"] == "interrupted"
     assert len(comparable(folder)) == 17
-    runs.resume(str(folder), [])
+    resume(str(folder), [])
     assert same_run(whole, folder)
 
 
@@ -175,10 +175,10 @@ def test_a_bad_checkpoint_is_refused_and_nothing_overwritten(stopped: Path, spoi
     spoil(stopped / "checkpoints" / "last.ckpt")
     before = everything(stopped)
     with pytest.raises(RunError, match=words):
-        runs.resume(str(stopped), [])
+        resume(str(stopped), [])
     assert everything(stopped) == before
     # the remedy that the message names
-    runs.resume(str(stopped / "checkpoints" / "best.ckpt"), [])
+    resume(str(stopped / "checkpoints" / "best.ckpt"), [])
     assert read_status(stopped)["state"] == "finished"
 
 
@@ -186,7 +186,7 @@ def test_metrics_that_do_not_reach_the_checkpoint_are_refused(stopped: Path) -> 
     break_in_half(stopped / "metrics.csv")
     before = everything(stopped)
     with pytest.raises(RunError, match="has no row of update 4"):
-        runs.resume(str(stopped), [])
+        resume(str(stopped), [])
     assert everything(stopped) == before
 
 
@@ -203,7 +203,7 @@ def test_metrics_that_do_not_reach_the_checkpoint_are_refused(stopped: Path) -> 
 def test_a_changed_configuration_is_refused(stopped: Path, overrides: list[str], words: str) -> None:
     before = everything(stopped)
     with pytest.raises(ConfigError, match=words):
-        runs.resume(str(stopped), overrides)
+        resume(str(stopped), overrides)
     assert everything(stopped) == before
 
 
@@ -217,14 +217,14 @@ def test_a_finished_run_stays_one_when_a_resume_is_refused(tmp_path: Path) -> No
     folder = train_here(tmp_path / "run", "trainer.max_updates=4", "task.eval_size=4")
     make_foreign(folder / "checkpoints" / "other.ckpt")
     with pytest.raises(RunError, match="is no checkpoint"):
-        runs.resume(str(folder / "checkpoints" / "other.ckpt"), [])
+        resume(str(folder / "checkpoints" / "other.ckpt"), [])
     assert read_status(folder)["state"] == "finished"
 
 
 def test_a_row_that_a_kill_cut_short_is_dropped(stopped: Path, tmp_path: Path) -> None:
     with (stopped / "metrics.csv").open("a") as file:
         file.write("1")  # of row 12, say
-    runs.resume(str(stopped), [])
+    resume(str(stopped), [])
     assert same_run(train_here(tmp_path / "whole"), stopped)
 
 
@@ -233,7 +233,7 @@ def test_killed_before_the_first_last_checkpoint_it_goes_on_from_the_best(
 ) -> None:
     """The best one is written first, so that for a moment there is no other."""
     (stopped / "checkpoints" / "last.ckpt").unlink()
-    runs.resume(str(stopped), [])
+    resume(str(stopped), [])
     assert same_run(train_here(tmp_path / "whole"), stopped)
 
 
@@ -242,7 +242,7 @@ def test_sigterm_in_the_first_evaluation_stops_after_the_first_rollout(tmp_path:
         faults.terminated_at_first_evaluation("", patch.setattr)
         with pytest.raises(Interrupted, match="stopped after update 4, which is saved; go on with"):
             train_here(tmp_path / "run")
-    runs.resume(str(tmp_path / "run"), [])
+    resume(str(tmp_path / "run"), [])
     assert same_run(train_here(tmp_path / "whole"), tmp_path / "run")
 
 
@@ -250,15 +250,15 @@ def test_an_edited_configuration_is_refused(stopped: Path) -> None:
     path = stopped / "config.yaml"
     path.write_text(path.read_text().replace("mu: 4", "mu: 2"))
     with pytest.raises(RunError, match="belongs to a run with mu=4, this one has mu=2"):
-        runs.resume(str(stopped), [])
+        resume(str(stopped), [])
 
 
 def test_more_updates_are_the_longer_run(tmp_path: Path) -> None:
     """A run that ended is trained on, as one that had been that long from the start."""
     short = train_here(tmp_path / "short", "trainer.max_updates=4")
     with pytest.raises(ConfigError, match=r"is finished; train on with a higher trainer\.max_updates than 4"):
-        runs.resume(str(short), [])
-    runs.resume(str(short), ["trainer.max_updates=8"])
+        resume(str(short), [])
+    resume(str(short), ["trainer.max_updates=8"])
     assert same_run(train_here(tmp_path / "long", "trainer.max_updates=8"), short)
     assert "max_updates: 8" in (short / "config.yaml").read_text()
 
@@ -266,7 +266,7 @@ def test_more_updates_are_the_longer_run(tmp_path: Path) -> None:
 def test_fewer_updates_than_were_done_are_refused(stopped: Path) -> None:
     before = everything(stopped)
     with pytest.raises(RunError, match=r"has done 4 updates already, but trainer\.max_updates=2"):
-        runs.resume(str(stopped), ["trainer.max_updates=2"])
+        resume(str(stopped), ["trainer.max_updates=2"])
     assert everything(stopped) == before
 
 
@@ -278,7 +278,7 @@ def test_killed_after_the_last_update_it_still_gets_its_summary(tmp_path: Path) 
     for name in ("summary.json", "weights.safetensors", "curve.png"):
         (folder / name).unlink()
     write_status(folder, state="running")
-    runs.resume(str(folder), [])
+    resume(str(folder), [])
     assert same_run(whole, folder)
     summaries = [json.loads((p / "summary.json").read_text()) for p in (whole, folder)]
     for key in ("accuracy.before", "accuracy.after", "accuracy.last", "best.update", "rollouts"):
@@ -290,7 +290,7 @@ def test_from_a_checkpoint_that_was_kept(tmp_path: Path) -> None:
     copied = tmp_path / "copy"
     shutil.copytree(first, copied)
     assert (first / "checkpoints" / "update-000012.ckpt").is_file()
-    runs.resume(str(first / "checkpoints" / "update-000004.ckpt"), [])
+    resume(str(first / "checkpoints" / "update-000004.ckpt"), [])
     assert same_run(copied, first)
     assert (first / "checkpoints" / "replaced.ckpt").is_file(), "the later one is not thrown away"
 
@@ -308,7 +308,7 @@ def test_going_back_forgets_a_best_checkpoint_that_is_no_longer_of_the_run(tmp_p
     shutil.copyfile(saved / "update-000012.ckpt", saved / "best.ckpt")  # as if it had been the best
     later = saved / "best.ckpt"
     assert torch.load(later)["spg"]["updates"] == 12
-    runs.resume(str(saved / "update-000004.ckpt"), ["trainer.max_updates=4"])
+    resume(str(saved / "update-000004.ckpt"), ["trainer.max_updates=4"])
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["best.update"] == 4
     assert summary["accuracy.after"] == summary["accuracy.last"], "both are of update 4"
@@ -324,8 +324,8 @@ def test_a_run_is_not_started_over_another(stopped: Path) -> None:
 
 
 def test_two_at_work_on_one_run_are_refused(stopped: Path) -> None:
-    with at_work(stopped), pytest.raises(RunError, match="is in use"):
-        runs.resume(str(stopped), [])
+    with lock(stopped), pytest.raises(RunError, match="is in use"):
+        resume(str(stopped), [])
 
 
 def test_no_run_to_resume(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_a_full_disk_is_told_and_leaves_what_was_saved(tmp_path: Path) -> None:
     assert f"python -m spg.train resume={folder}" in done.stderr
     assert "Traceback" not in done.stderr
     assert everything(folder / "checkpoints") == before
-    runs.resume(str(folder), [])
+    resume(str(folder), [])
     assert same_run(whole, folder)
 
 
@@ -389,7 +389,7 @@ def test_no_number_stops_the_run_before_a_checkpoint(
     assert last["spg"]["updates"] == 4
     assert all(bool(t.isfinite().all()) for t in last["state_dict"].values())
     assert read_status(folder)["state"] == "failed"
-    runs.resume(str(folder), [])  # the fault was planted: without it the run goes on
+    resume(str(folder), [])  # the fault was planted: without it the run goes on
     assert read_status(folder)["state"] == "finished"
 
 

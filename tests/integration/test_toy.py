@@ -11,8 +11,10 @@ import pytest
 
 from spg import config
 from spg.cli import evaluate, export
+from spg.cli.train import resume, start
 from spg.core.errors import Interrupted
 from spg.core.files import read_csv
+from spg.evaluation.settings import merge_settings
 from spg.runs import directory as runs
 from spg.runs.status import read_status
 from spg.tasks.question_answering import Questions
@@ -47,7 +49,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(rows: Path, folder: Path) -> Path:
     """Train in this process, with the command's words and less of everything."""
     lines = ["model=llada_toy", "task=gsm8k", f"task.path={rows}", *SIZES, *SHORT]
-    runs.start(config.compose("config", lines), folder, [])
+    start(config.compose("config", lines), folder, [])
     return folder
 
 
@@ -60,7 +62,7 @@ def whole(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def completions(folder: Path, *overrides: str, model: int = -1) -> list[str]:
     """Evaluate in this process and return the texts of the model of that place in the results."""
     lines = [*EVALUATION, *overrides]
-    evaluate.start(evaluate.settings(config.compose("evaluate", lines), lines), folder)
+    evaluate.start(merge_settings(config.compose("evaluate", lines), lines), folder)
     record = json.loads((folder / "results.json").read_text())
     name = list(record["results"])[model]
     found = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
@@ -89,7 +91,7 @@ def test_interrupted_and_resumed_it_is_the_same_run(whole: Path, rows: Path, tmp
         with pytest.raises(Interrupted):
             trained(rows, tmp_path / "run")
     assert read_status(tmp_path / "run")["state"] == "interrupted"
-    runs.resume(str(tmp_path / "run"), [])
+    resume(str(tmp_path / "run"), [])
     assert same_run(whole, tmp_path / "run")
 
 

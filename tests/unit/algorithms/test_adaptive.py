@@ -16,6 +16,7 @@ from torch import Tensor
 from spg import config
 from spg.algorithms.estimators import ELBO, EUBO, AdaptiveOmega, Mixture, Sandwich, optimum, variance
 from spg.algorithms.objectives.spg import SPG
+from spg.cli.train import resume
 from spg.config import ConfigError
 from spg.core.errors import Interrupted
 from spg.core.files import read_csv
@@ -23,7 +24,6 @@ from spg.core.types import Cohort, Experience, MaskedSamples
 from spg.reports.dynamics import plot_comparison, read_series
 from spg.reports.plots import plot_sweep
 from spg.reports.points import best, points
-from spg.runs import directory as runs
 from spg.runs import multirun as sweeps
 from tests import faults
 from tests.helpers import experience_of, same_run, train_here
@@ -335,7 +335,7 @@ def test_a_resumed_run_goes_on_with_its_omega(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "stopped/checkpoints/last.ckpt"
     checkpoint = torch.load(path)
     assert all(moment != 0 for moment in checkpoint["spg"]["objective"]["omega"])
-    runs.resume(str(tmp_path / "stopped"), [])
+    resume(str(tmp_path / "stopped"), [])
     assert same_run(whole, tmp_path / "stopped")
     rows = read_csv(whole / "metrics.csv")
     used = [float(row["omega"]) for row in rows if row["omega"]]

@@ -10,8 +10,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from spg import config
+from spg.cli.train import start
 from spg.core.files import read_csv
-from spg.runs import directory as runs
 from spg.runs.status import read_status
 
 # G.2: task of a preset, its updates, temperature, beta of the mixture and of the EUBO alone
@@ -215,10 +215,10 @@ def test_none_of_a_group_may_be_chosen_where_that_means_something() -> None:
 
 
 def test_processes_wait_for_rollouts_of_minutes() -> None:
-    from spg.training.run import PATIENCE, strategy
+    from spg.training.run import PATIENCE, make_strategy
 
-    assert timedelta(hours=1) < PATIENCE == vars(strategy("ddp"))["_timeout"]
-    assert strategy("auto") == "auto"
+    assert timedelta(hours=1) < PATIENCE == vars(make_strategy("ddp"))["_timeout"]
+    assert make_strategy("auto") == "auto"
 
 
 def test_a_preset_runs_at_toy_size(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_preset_runs_at_toy_size(tmp_path: Path) -> None:
     small = f"model=llada_toy task.path={data} task.train_path={data} mu=2 gen_length=8 block_size=4"
     brief = "trainer.max_updates=2 trainer.prompts_per_rollout=2 trainer.threads=1 trainer.accelerator=cpu"
     folder = tmp_path / "run"
-    runs.start(composed(f"experiment=spg_mixture_gsm8k {small} {brief}"), folder, [])
+    start(composed(f"experiment=spg_mixture_gsm8k {small} {brief}"), folder, [])
     assert read_status(folder)["state"] == "finished"
     assert [row["update"] for row in read_csv(folder / "metrics.csv") if row["loss"]] == ["1", "2"]
     assert (folder / "adapter" / "adapter_config.json").is_file()

@@ -16,10 +16,12 @@ from spg import config
 from spg.algorithms.estimators import ELBO, Mixture, Sandwich
 from spg.algorithms.objectives.spg import SPG, divergence
 from spg.cli import evaluate
+from spg.cli.train import resume
 from spg.config import ConfigError
 from spg.core.errors import Interrupted
 from spg.evaluation import candidates as completing
 from spg.evaluation import results
+from spg.evaluation.settings import merge_settings
 from spg.models.base_weights import file_name
 from spg.models.factory import build_policy
 from spg.models.lora import LoRA, SavedLoRA
@@ -131,7 +133,7 @@ def test_an_adapter_s_run_is_evaluated(finished: Path, tmp_path: Path) -> None:
 def evaluated(folder: Path, *overrides: str) -> dict[str, Any]:
     """Evaluate in this process and return what results.json holds."""
     lines = [*overrides, "task.eval_size=6", "threads=1"]
-    evaluate.start(evaluate.settings(config.compose("evaluate", lines), lines), folder)
+    evaluate.start(merge_settings(config.compose("evaluate", lines), lines), folder)
     return json.loads((folder / "results.json").read_text())
 
 
@@ -246,7 +248,7 @@ def test_with_dropout_a_resumed_run_is_the_same(finished: Path, tmp_path: Path) 
         with pytest.raises(Interrupted):
             train_here(folder, "model.lora=default", "optimizer.lr=1e-2")
     torch.manual_seed(12345)  # another process would have another global random state
-    runs.resume(str(folder), [])
+    resume(str(folder), [])
     assert same_run(finished, folder)
 
 
@@ -293,7 +295,7 @@ def test_a_frozen_copy_is_the_reference_in_full_fine_tuning() -> None:
 def test_a_reference_exists_only_where_an_objective_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Policy] = []
     monkeypatch.setattr(Policy, "keep_reference", lambda policy: kept.append(policy))
-    from spg.training.run import build_module
+    from spg.training.assembly import build_module
 
     build_module(config.compose("config", []))
     assert kept == []

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spg import config
-from spg.cli import evaluate
+from spg.cli.train import resume, start
 from spg.config import ConfigError
 from spg.core.errors import InputError
 from spg.core.hub import PATIENCE, hub_answers
+from spg.evaluation.settings import merge_settings
 from spg.models import hub, weights
 from spg.models.base_weights import fingerprint_settings
 from spg.models.factory import build_policy
@@ -30,6 +31,7 @@ from spg.models.quantization import check_nf4
 from spg.models.tokenizer import byte_tokenizer
 from spg.models.weights import load_published, load_weights, save_weights, stored
 from spg.runs import directory as runs
+from spg.runs.identity import identity
 from spg.training.pretraining import pretrain
 from tests.helpers import QUICK, comparable, same_run
 
@@ -519,12 +521,12 @@ def test_an_adapter_on_a_published_folder_trains_and_resumes(
     reward = lambda task, example, text: {"luck": float(zlib.crc32(text.encode()) % 7)}  # noqa: E731
     monkeypatch.setattr("spg.tasks.sudoku.Sudoku.reward", reward)
     cfg = config.compose("config", [*SHORT, f"model.path={folder}"])
-    runs.start(cfg, tmp_path / "whole", [])
+    start(cfg, tmp_path / "whole", [])
     assert runs.read_config(tmp_path / "whole").model.network.config.d_model == 32
     short = cfg.copy()
     short.trainer.max_updates = 4
-    runs.start(short, tmp_path / "again", [])
-    runs.resume(str(tmp_path / "again"), ["trainer.max_updates=8"])
+    start(short, tmp_path / "again", [])
+    resume(str(tmp_path / "again"), ["trainer.max_updates=8"])
     assert same_run(tmp_path / "whole", tmp_path / "again")
     saved = load_file(tmp_path / "again/adapter/adapter_model.safetensors")
     assert any(tensor.abs().sum() > 0 for name, tensor in saved.items() if "lora_B" in name), "it has learned"
@@ -537,14 +539,14 @@ def test_runs_of_the_version_before_get_what_was_fixed_then(tmp_path: Path) -> N
     old.model = {key: old.model[key] for key in ("network", "tokenizer", "lora", "weights")}
     old.trainer.precision = "32-true"
     runs.write_config(old, tmp_path)
-    now = runs.of_this_version(str(tmp_path))
+    now = runs.read_updated_config(str(tmp_path))
     new = {key: value for key, value in cfg.model.items() if key not in ("network", "tokenizer")}
     assert {key: now.model[key] for key in new} == new
     assert "defaults" not in now.model
     assert build_policy(old).precision == "32-true", "they go on as they were"
     old.trainer.precision = "bf16-mixed"
     runs.write_config(old, tmp_path)
-    assert runs.of_this_version(str(tmp_path)).model.precision == "bf16-mixed"
+    assert runs.read_updated_config(str(tmp_path)).model.precision == "bf16-mixed"
     option = config.shipped("model", config.compose("config", ["model=llada_toy"]).model)
     assert option is not None
     assert option[0] == "llada_toy"
@@ -553,7 +555,7 @@ def test_runs_of_the_version_before_get_what_was_fixed_then(tmp_path: Path) -> N
 def test_a_run_of_the_version_before_goes_on(tmp_path: Path) -> None:
     """Its configuration and its checkpoint lack what is new; nothing is added to either."""
     cfg = config.compose("config", [*QUICK, "task.eval_size=4", "trainer.max_updates=4"])
-    runs.start(cfg, tmp_path / "run", [])
+    start(cfg, tmp_path / "run", [])
     old = runs.read_config(tmp_path / "run")
     old.model = {key: old.model[key] for key in ("network", "tokenizer", "lora", "weights")}
     old.trainer.pop("cut_completions")
@@ -563,9 +565,9 @@ def test_a_run_of_the_version_before_goes_on(tmp_path: Path) -> None:
     runs.write_config(old, tmp_path / "run")
     last = tmp_path / "run/checkpoints/last.ckpt"
     state = torch.load(last, weights_only=True)
-    state["spg"]["identity"] = runs.identity(old)
+    state["spg"]["identity"] = identity(old)
     torch.save(state, last)
-    runs.resume(str(tmp_path / "run"), ["trainer.max_updates=8"])
+    resume(str(tmp_path / "run"), ["trainer.max_updates=8"])
     assert len(comparable(tmp_path / "run")) == 9
     assert "cut_completions" not in runs.read_config(tmp_path / "run").trainer
     assert build_policy(old).precision == "bf16-mixed", "as it was, in its place then"
@@ -580,12 +582,12 @@ def test_a_folder_that_would_not_be_read_is_refused(folder: Path) -> None:
 
 def test_a_run_s_model_may_lie_elsewhere_by_now(folder: Path, tmp_path: Path) -> None:
     cfg = config.compose("config", [*SHORT, f"model.path={folder}", "trainer.max_updates=4"])
-    runs.start(cfg, tmp_path / "run", [])
+    start(cfg, tmp_path / "run", [])
     moved = tmp_path / "moved"
     folder.rename(moved)
     try:
         lines = [f"run={tmp_path / 'run'}", f"model.path={moved}"]
-        settled = evaluate.settings(config.compose("evaluate", lines), lines)
+        settled = merge_settings(config.compose("evaluate", lines), lines)
         assert settled.model.path == settled.model.tokenizer.path == str(moved)
         policy = build_policy(settled)
         assert policy.tokenizer.decode(policy.encode("1+1")) == "1+1"

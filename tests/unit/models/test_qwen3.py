@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from spg import config
+from spg.cli.train import start
 from spg.core.errors import InputError
 from spg.models import hub
 from spg.models.factory import build_policy
@@ -26,7 +27,6 @@ from spg.models.qwen3 import Qwen3Diffusion, Qwen3DiffusionConfig, a2d_tokenizer
 from spg.models.tokenizer import tiny_tokenizer
 from spg.models.weights import load_weights, save_weights
 from spg.rollout.decoder import Decoder
-from spg.runs import directory as runs
 from tests.helpers import comparable, open_prompts
 
 # heads are wider than hidden_size / num_attention_heads, as Qwen3-0.6B's are
@@ -416,7 +416,7 @@ def test_a_published_folder_loads(folder: Path) -> None:
 
 def test_a_published_folder_is_trained(folder: Path, tmp_path: Path) -> None:
     lines = ["model=tiny_a2d", f"model.path={folder}", *FEW]
-    runs.start(hub.settle(config.compose("config", lines)), tmp_path / "run", [])
+    start(hub.settle(config.compose("config", lines)), tmp_path / "run", [])
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     assert len(comparable(tmp_path / "run")) == 3
 

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from spg import config
 from spg.algorithms.advantages import GroupMean
 from spg.cli import pairs
+from spg.cli.train import resume
 from spg.config import ConfigError
 from spg.core.errors import InputError, Interrupted, RunError
 from spg.core.files import read_csv
@@ -26,7 +27,6 @@ from spg.rollout.collect import collect
 from spg.rollout.decoder import Decoder
 from spg.rollout.prompt_order import PromptStream
 from spg.rollout.recorded import Recorded, check_pairs, make_pairs
-from spg.runs import directory as runs
 from spg.tasks.gsm8k import GSM8K
 from spg.tasks.preferences import Preferences
 from spg.tasks.sudoku import Sudoku
@@ -406,7 +406,7 @@ def test_a_run_on_pairs_goes_on_bit_for_bit(made: Path, tmp_path: Path) -> None:
         faults.interrupted("4", patch.setattr)
         with pytest.raises(Interrupted):
             train_here(tmp_path / "cut", *lines)
-    runs.resume(str(tmp_path / "cut"), [])
+    resume(str(tmp_path / "cut"), [])
     assert same_run(whole, tmp_path / "cut")
     assert not torch.equal(*(torch.tensor(float(rows[n]["loss"])) for n in (0, -1)))
 

@@ -1,0 +1,97 @@
+"""What makes two runs the same run: the settings that must not change, and those that may."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from spg import config
+from spg.config import CONF_DIR, ConfigError
+
+# settings that a resumed run may change; threads and the batch sizes change rounding at most, and noise of
+# dropout
+CHANGEABLE = (
+    "trainer.max_updates",
+    "trainer.checkpoint_every",
+    "trainer.keep_every",
+    "trainer.samples_every",
+    "trainer.threads",
+    "trainer.micro_batch_size",
+    "trainer.eval_batch_size",
+    "logger",
+)
+
+
+class OtherRunError(ConfigError):
+    """A directory holds a run with other settings than those that were asked for."""
+
+
+def identity(cfg: DictConfig, changeable: Sequence[str] = CHANGEABLE) -> dict[str, str]:
+    """Return the settings that must not change while a run lasts, by their dotted keys."""
+    free = (*changeable, "resume")
+    leaves: dict[str, str] = {}
+
+    def walk(node: Any, key: str) -> None:
+        if isinstance(node, dict) and node:
+            for name, child in node.items():
+                walk(child, f"{key}.{name}" if key else str(name))
+        elif key not in free and key.partition(".")[0] not in free:
+            leaves[key] = str(node)
+
+    walk(OmegaConf.to_container(cfg, resolve=True), "")
+    return leaves
+
+
+def check_same(before: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:
+    """Compare the identity of the run in `folder` with the one that was asked for.
+
+    Raises:
+        OtherRunError: if they differ, with the first setting that does.
+    """
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise OtherRunError(
+                f"{folder} holds a run with {key}={before.get(key, 'nothing')}, not "
+                f"{now.get(key, 'nothing')}; give another hydra.sweep.dir, or remove it"
+            )
+
+
+def apply_changes(
+    cfg: DictConfig, overrides: Sequence[str], folder: Path, changeable: Sequence[str] = CHANGEABLE
+) -> DictConfig:
+    """Return the configuration of the run in `folder` with changed settings.
+
+    Args:
+        cfg: Configuration that the run has so far; it is not changed.
+        overrides: Lines `key=value` of the command line.
+        folder: Directory of the run, for messages.
+        changeable: Keys that may change.
+
+    Raises:
+        ConfigError: if an override would change anything else.
+    """
+    result = cfg.copy()
+    for line in overrides:
+        key, _, value = line.partition("=")
+        if key not in (*config.keys(cfg), *changeable):
+            guess = config.nearest(key, list(changeable))
+            raise ConfigError(
+                f"{line}: beside resume=... only these are taken: {', '.join(changeable)}"
+                + (f"; nearest: {guess}" if guess else "")
+            )
+        if key == "logger" and (CONF_DIR / "logger" / f"{value}.yaml").is_file():
+            result.logger = OmegaConf.load(CONF_DIR / "logger" / f"{value}.yaml")
+            continue
+        old = OmegaConf.select(cfg, key) if config.is_known(cfg, key) else None
+        new = OmegaConf.create(f"x: {value}").x
+        if key in changeable and key != "logger":
+            OmegaConf.update(result, key, new)
+        elif old != new:
+            raise ConfigError(
+                f"{line}: a run goes on with its own settings ({key}={old} in {folder / 'config.yaml'}); "
+                f"allowed: {', '.join(changeable)}; start a new run for others"
+            )
+    return result

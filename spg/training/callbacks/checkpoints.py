@@ -1,0 +1,96 @@
+"""Writing checkpoints."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from spg.core.errors import RunError
+from spg.training.callbacks.interruption import Interruption
+from spg.training.callbacks.periodic import Periodic
+from spg.training.callbacks.validation import Validation
+from spg.training.module import Training
+
+
+class Checkpoints(Periodic):
+    """Writes last.ckpt every so many updates, and best.ckpt when validation improves.
+
+    If the run is interrupted, the last checkpoint is written at once. Metrics are on disk before a checkpoint
+    is; a file is written under a temporary name and then renamed. This callback comes after Validation.
+
+    Args:
+        every: Updates between two writings of last.ckpt.
+        folder: Where the files go.
+        validation: Knows which update is the best.
+        interruption: Knows whether the run was asked to stop.
+        keep_every: Updates between checkpoints that are kept under their own names,
+            update-<number>.ckpt; None for none.
+    """
+
+    def __init__(
+        self,
+        every: int,
+        folder: Path,
+        validation: Validation,
+        interruption: Interruption,
+        keep_every: int | None = None,
+    ) -> None:
+        super().__init__(every)
+        self.folder = folder
+        self.validation = validation
+        self.interruption = interruption
+        self.keep_every = keep_every
+        self._best_update = 0
+        self._saved: int | None = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the best checkpoint if there is a new one, and the others if it is time."""
+        assert isinstance(module, Training)
+        best = self.validation.best
+        if best is not None and best[0] == module.updates and best[0] > self._best_update:
+            self._best_update = best[0]
+            self._save(trainer, "best.ckpt")
+        if self.keep_every and module.updates // self.keep_every > self._seen // self.keep_every:
+            self._save(trainer, f"update-{module.updates:06d}.ckpt")
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        if self.interruption.asked:
+            self.act(trainer, module)
+
+    def act(self, trainer: pl.Trainer, module: Training) -> None:
+        """Write the last checkpoint, unless the file holds this update already."""
+        if self._saved != module.updates:
+            self._save(trainer, "last.ckpt")
+            self._saved = module.updates
+
+    def _save(self, trainer: pl.Trainer, name: str) -> None:
+        """Write a checkpoint; raise RunError if the disk does not take it."""
+        for logger in trainer.loggers:
+            logger.save()
+        staged = self.folder / f"{name}.tmp"
+        try:
+            trainer.save_checkpoint(staged)
+            if trainer.is_global_zero:
+                with staged.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(staged, self.folder / name)
+        except OSError as error:
+            with suppress(OSError):
+                staged.unlink(missing_ok=True)
+            raise RunError(
+                f"{self.folder / name} could not be written ({error.strerror or error}); what was saved "
+                "before is whole: make room, then resume the run"
+            ) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the update of the best checkpoint."""
+        return {"best_update": self._best_update}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the update of the best checkpoint."""
+        self._best_update = state_dict["best_update"]

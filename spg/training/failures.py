@@ -1,0 +1,67 @@
+"""How a run that stops early says what to do about it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+
+from spg.core.errors import Interrupted, RunError
+from spg.core.process import rank
+from spg.training.module import NonFiniteError
+
+
+@contextmanager
+def explain_failures(cfg: DictConfig, folder: Path) -> Iterator[None]:
+    """Add to the errors of a `with` block that trains the run in `folder` what to do about them.
+
+    Of several processes the first one reports. The process group ends with the block, since the next run of a
+    multirun makes its own.
+
+    Args:
+        cfg: Configuration of the run; goes into the file that `spg.reproduce` reads.
+        folder: Directory of the run.
+
+    Raises:
+        RunError: if the run can't go on.
+        Interrupted: if it was asked to stop.
+    """
+    again = f"python -m spg.train resume={folder}"
+    try:
+        yield
+    except (NonFiniteError, Interrupted) as error:
+        if rank() > 0:
+            raise SystemExit(1) from error
+        if isinstance(error, Interrupted):
+            raise Interrupted(f"{error}; go on with: {again}") from error
+        raise RunError(f"{error}\nNothing was saved after it{_save(error, cfg, folder)}") from error
+    except RunError as error:
+        raise RunError(f"{error}\nGo on with: {again}") from error
+    except RuntimeError:  # as torch.distributed raises if another process is gone
+        if rank() > 0:
+            time.sleep(3.0)  # if that was the first process, `end_with_parent` ends this one meanwhile
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _save(error: NonFiniteError, cfg: DictConfig, folder: Path) -> str:
+    """Write what is needed to reproduce a value that is not finite, and say how to do that."""
+    record: dict[str, Any] = {**error.record, "config": OmegaConf.to_container(cfg, resolve=True)}
+    path = folder / f"nonfinite-update-{error.record['update']:06d}.pt"
+    staged = path.with_name(f"{path.name}.tmp")
+    try:
+        with staged.open("wb") as file:
+            torch.save(record, file)
+        os.replace(staged, path)
+    except (OSError, RuntimeError) as failure:  # torch.save wraps the errors of a disk
+        return f"; {path} could not be written ({failure})"
+    return f". See it again with: python -m spg.reproduce file={path}"
