@@ -9,13 +9,18 @@
 from __future__ import annotations
 
 import ast
-import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).parent.parent
+# the checkout that holds the pages, whichever one is installed
+sys.path.insert(0, str(ROOT))
+
+from spg.config.help import documented_keys  # noqa: E402
+
 CONF = ROOT / "conf"
 PACKAGE = ROOT / "spg"
 
@@ -26,9 +31,6 @@ SHARED = {
     "results/benchmarks.md": ROOT / "benchmarks" / "README.md",
     "changelog.md": ROOT / "CHANGELOG.md",
 }
-
-# a line of a configuration file: `key: value # comment`
-KEY = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?: (?P<value>.*?))?(?: # (?P<comment>.*))?$")
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -110,23 +112,9 @@ def described(path: Path) -> str:
     return " ".join(lines)
 
 
-def documented(path: Path) -> list[tuple[str, str, str]]:
-    """Return (dotted key, value as written, comment) for the keys of a file that have a comment."""
-    found: list[tuple[str, str, str]] = []
-    parents: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        match = KEY.match(line)
-        if match is None:
-            continue
-        parents = [*parents[: len(match["indent"]) // 2], match["key"]]
-        if match["comment"]:
-            found.append((".".join(parents), match["value"] or "", match["comment"]))
-    return found
-
-
 def table(path: Path, prefix: str = "") -> list[str]:
     """Return a Markdown table of a file's commented keys; no lines if it has none."""
-    rows = documented(path)
+    rows = documented_keys(path)
     if not rows:
         return []
     lines = ["| key | default | meaning |", "| --- | --- | --- |"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from spg.core.types import Experience, Prompts, Rollout
 from spg.models.llada import LLaDA, LLaDAConfig
 from spg.models.policy import Policy
 from spg.models.tokenizer import tiny_tokenizer
+from tests import warm
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -153,7 +153,7 @@ def run(module: str, *overrides: str, folder: Path | None = None, check: bool = 
     line = command(module, *overrides)
     if folder is not None:
         line.append(f"hydra.run.dir={folder}")
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
+    done = warm.run(line, cwd=ROOT)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spg.core.limits import check_limits, check_pairs
+from spg.core.combinations import check_pairs
+from spg.core.limits import check_limits
 from spg.core.seeding import Streams
 from spg.core.types import MaskedSamples, Rollout
 

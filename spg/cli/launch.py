@@ -19,7 +19,16 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from spg.config import CONF_DIR, ConfigError, Plan, group_choices, preflight, sweep_folder, task_of_run
+from spg.config import (
+    CONF_DIR,
+    ConfigError,
+    Plan,
+    group_choices,
+    preflight,
+    show_help,
+    sweep_folder,
+    task_of_run,
+)
 from spg.core.console import take_over_logging
 from spg.core.errors import InputError, Interrupted, RunError
 from spg.core.files import DISK_FULL
@@ -58,7 +67,8 @@ def run(
         os.environ["SPG_RUN_TASK"] = task or ""
         words = [[task, line] if task is not None and line.startswith("run=") else [line] for line in argv]
         plan = preflight(primary, [word for pair in words for word in pair])
-        if plan is None:
+        if plan.help:
+            show_help(primary, plan.own)
             return
         sys.argv[1:] = plan.arguments
         failures: list[Exception] = []

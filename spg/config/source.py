@@ -116,37 +116,40 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 @cache
 def module(name: str) -> Module | None:
     """Return a module by its full name, or None if there is no such module. Nothing is imported."""
-    spec = _spec(name)
-    if spec is None:
+    found = spec(name)
+    if found is None:
         return None
     source = None
-    if spec.loader is not None and hasattr(spec.loader, "get_source"):
+    if found.loader is not None and hasattr(found.loader, "get_source"):
         try:
-            source = spec.loader.get_source(name)
+            source = found.loader.get_source(name)
         except (ImportError, OSError):
             source = None
     try:
         tree = None if source is None else ast.parse(source)
     except SyntaxError:
         tree = None
-    return Module(name, tree, spec.submodule_search_locations is not None)
+    return Module(name, tree, found.submodule_search_locations is not None)
 
 
 @cache
-def _spec(name: str) -> importlib.machinery.ModuleSpec | None:
-    # importlib.util.find_spec would import the parent packages
+def spec(name: str) -> importlib.machinery.ModuleSpec | None:
+    """Return where a module lies, or None if there is no such module.
+
+    `importlib.util.find_spec` would import the parent packages.
+    """
     parent = name.rpartition(".")[0]
     path = None
     if parent:
-        above = _spec(parent)
+        above = spec(parent)
         if above is None or above.submodule_search_locations is None:
             return None
         path = list(above.submodule_search_locations)
     for finder in sys.meta_path:
         find = getattr(finder, "find_spec", None)
-        spec = None if find is None else find(name, path)
-        if spec is not None:
-            return spec
+        found = None if find is None else find(name, path)
+        if found is not None:
+            return found
     return None
 
 

@@ -277,13 +277,16 @@ def figures(run: Path, source: Path) -> str:
         low, high = summary[f"{key}.interval"]
         return f"{summary[key]:.3f} ({low:.3f} to {high:.3f})"
 
+    # runs before version 0.6 have bootstrap intervals, and do not name the method
+    methods = {summary.get(f"{name}.{moment}.interval_method", "bootstrap") for name in names}
     rows = [
         f"| {name.replace('_', ' ')} | {cell(f'{name}.before')} | {cell(f'{name}.{moment}')} |"
         for name in names
     ]
     return "\n".join(
         [
-            f"Greedy decoding of the test half, n = {summary['n']}, with 95% bootstrap intervals:",
+            f"Greedy decoding of the test half, n = {summary['n']}, with 95% intervals "
+            f"({', '.join(sorted(methods))}):",
             "",
             "| measure | before | after |",
             "| --- | --- | --- |",

@@ -26,6 +26,7 @@ from spg.runs import lifecycle
 from spg.runs.jobs import LEFT_ALONE, train_job
 from spg.runs.lifecycle import Run
 from spg.runs.status import lock, read_status, write_status
+from tests import warm
 from tests.helpers import QUICK, ROOT, command, same_run
 
 # a job of about a second: four updates, two checkpoints
@@ -57,7 +58,7 @@ Done = subprocess.CompletedProcess[str]
 
 def call(line: list[str], folder: Path = ROOT) -> Done:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(line, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    return warm.run(line, cwd=folder, env=environment)
 
 
 def multirun(folder: Path, *lines: str, fault: str | None = None) -> Done:

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from spg.core.errors import Interrupted, RunError
 from spg.core.files import read_csv
 from spg.runs.status import lock, read_status, write_status
 from spg.training.reproduce import reproduce
-from tests import faults
+from tests import faults, warm
 from tests.helpers import QUICK, ROOT, command, comparable, run, same_run, train_here
 
 LONG_RUN = (*QUICK, "trainer.max_updates=24")
@@ -39,7 +38,7 @@ def kill_at(folder: Path, update: int, delay: float) -> None:
     line = command("train", *LONG_RUN, f"hydra.run.dir={folder}")
     if (folder / "config.yaml").exists():
         line = command("train", f"resume={folder}")
-    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = warm.Popen(line, cwd=ROOT)
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         rows = read_csv(folder / "metrics.csv") if (folder / "metrics.csv").exists() else []
@@ -96,7 +95,7 @@ def test_killed_again_and_again(whole: Path, tmp_path: Path, number: int) -> Non
 def test_ctrl_c_saves_and_says_how_to_go_on(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     line = command("tests.faults", "interrupted=14", "spg.train", *LONG_RUN, f"hydra.run.dir={folder}")
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = warm.run(line, cwd=ROOT)
     assert done.returncode == 130
     assert f"stopped after update 16, which is saved; go on with: python -m spg.train resume={folder}" in (
         done.stderr
@@ -340,13 +339,7 @@ def test_a_full_disk_is_told_and_leaves_what_was_saved(tmp_path: Path) -> None:
     whole = train_here(tmp_path / "whole")
     stop_after(4, folder)
     before = everything(folder / "checkpoints")
-    done = subprocess.run(
-        command("tests.faults", "full_disk=1000", "spg.train", f"resume={folder}"),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
+    done = warm.run(command("tests.faults", "full_disk=1000", "spg.train", f"resume={folder}"), cwd=ROOT)
     assert done.returncode == 1, done.stderr
     assert "could not be written" in done.stderr
     assert f"python -m spg.train resume={folder}" in done.stderr
@@ -395,17 +388,13 @@ def test_no_number_stops_the_run_before_a_checkpoint(
 
 def test_the_process_ends_as_the_shell_expects(tmp_path: Path) -> None:
     """A run that some signal stops at its own end leaves nothing half done."""
-    process = subprocess.Popen(
-        command("train", *QUICK, "trainer.max_updates=400", f"hydra.run.dir={tmp_path / 'run'}"),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    process = warm.Popen(
+        command("train", *QUICK, "trainer.max_updates=400", f"hydra.run.dir={tmp_path / 'run'}"), cwd=ROOT
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "run/checkpoints/last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
-    text, _ = process.communicate(timeout=60)
+    text = "".join(process.communicate(timeout=60))
     assert process.returncode == 130, text
     assert "which is saved; go on with" in text

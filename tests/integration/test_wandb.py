@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from wandb.sdk.wandb_config import Config
 
 from spg.core.files import read_csv
 from spg.training import loggers
+from tests import warm
 from tests.helpers import QUICK, ROOT, command
 
 TINY = (*QUICK, "logger=wandb", "task.eval_size=8", "trainer.prompts_per_rollout=2")
@@ -75,17 +75,8 @@ def without_account(home: Path) -> dict[str, str]:
 
 def call(line: list[str], environment: dict[str, str]) -> tuple[int, str]:
     """Run a command with nobody at the keyboard."""
-    done = subprocess.run(
-        line,
-        env=environment,
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    return done.returncode, done.stdout
+    done = warm.run(line, env=environment, cwd=ROOT)
+    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from torch.nn.functional import logsigmoid
 
 from spg.algorithms.estimators import LikelihoodEstimator
 from spg.algorithms.objectives.terms import required
-from spg.core.limits import check_limits, check_sums
+from spg.core.combinations import check_sums
+from spg.core.limits import check_limits
 from spg.core.types import Cohort, Experience, MaskedSamples
 
 

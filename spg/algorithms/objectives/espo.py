@@ -7,7 +7,8 @@ from torch import Tensor
 
 from spg.algorithms.estimators import LikelihoodEstimator
 from spg.algorithms.objectives.terms import clipped, kl_estimates, own_shares, required
-from spg.core.limits import check_limits, check_sums
+from spg.core.combinations import check_sums
+from spg.core.limits import check_limits
 from spg.core.types import Cohort, Experience, MaskedSamples
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from spg.algorithms.estimators import AdaptiveOmega, Sandwich
 from spg.algorithms.objectives.terms import divergence, required, shares
-from spg.core.limits import check_length_counted_once, check_limits
+from spg.core.combinations import check_length_counted_once
+from spg.core.limits import check_limits
 from spg.core.types import Cohort, Experience, MaskedSamples
 
 

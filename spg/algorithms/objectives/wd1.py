@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from spg.algorithms.estimators import LikelihoodEstimator
-from spg.core.limits import check_limits, check_sums
+from spg.core.combinations import check_sums
+from spg.core.limits import check_limits
 from spg.core.types import Cohort, Experience, MaskedSamples
 
 

@@ -162,7 +162,7 @@ def test_sweeps_are_checked_value_by_value() -> None:
 
 def test_the_answer_comes_fast_and_without_torch() -> None:
     code = (
-        "import sys; from spg import launch\n"
+        "import sys; from spg.cli import launch\n"
         "sys.argv = ['train', 'estimator=mixtrue']\n"
         "try:\n    launch.run('config', print)\n"
         "finally:\n    assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)\n"

@@ -40,6 +40,7 @@ from spg.runs.identity import OtherRunError
 from spg.runs.status import lock, read_status, write_json, write_status
 from spg.tasks.sudoku import Sudoku
 from spg.training import pretraining
+from tests import warm
 from tests.helpers import ROOT, command, run, train_here
 
 SMALL = ("task.eval_size=10", "threads=1", "eval_batch_size=8")
@@ -182,13 +183,7 @@ def test_what_is_complete_is_not_decoded_again(
 def test_ctrl_c_says_how_to_go_on(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     overrides = ["eval_batch_size=1", "task.eval_size=400", "threads=1", f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(
-        command("evaluate", *overrides),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = warm.Popen(command("evaluate", *overrides), cwd=ROOT)
     deadline = time.monotonic() + 60
     while not (folder / "generations.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

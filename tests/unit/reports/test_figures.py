@@ -249,7 +249,7 @@ def test_mistakes_on_the_command_line() -> None:
 
 
 def test_reading_sweeps_needs_no_heavy_library() -> None:
-    code = "import sys; import spg.runs.multirun, spg.figures\n"
+    code = "import sys; import spg.runs.multirun, spg.cli.figures\n"
     code += "print({'torch', 'lightning', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "set()\n"

@@ -1,0 +1,155 @@
+"""Composing a configuration with Hydra, after the names on the command line are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from spg.config.errors import ConfigError
+from spg.config.names import is_known, keys, nearest
+from spg.config.options import CONF_DIR, OPTIONAL, group_choices, groups
+
+OmegaConf.register_new_resolver("ceil_div", lambda a, b: -(-int(a) // int(b)), replace=True)
+
+
+@contextmanager
+def searching(own: Path | None = None) -> Iterator[None]:
+    """Let Hydra find the shipped configuration files and those of the user's folder `own` (-cd).
+
+    Raises:
+        ConfigError: if `own` is not a folder.
+    """
+    search = create_config_search_path(str(CONF_DIR))
+    if own is not None:
+        if not own.is_dir():
+            raise ConfigError(f"--config-dir {own} is no directory; give the folder of your own YAML files")
+        search.prepend("command-line", f"file://{own}", "schema")
+    GlobalHydra.instance().clear()
+    Hydra.create_main_hydra2(task_name="spg", config_search_path=search)
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def defaults(primary: str, own: Path | None = None) -> DictConfig:
+    """Return a primary config as it is without a command line, unchecked."""
+    with searching(own):
+        return composed(primary, [])
+
+
+def named(primary: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose a primary config with overrides, of which only the names are checked; raises ConfigError."""
+    with searching():
+        lines = group_choices(overrides)
+        check_names(primary, parsed(lines))
+        return composed(primary, lines)
+
+
+def composed(primary: str, lines: Sequence[str], with_hydra: bool = False) -> DictConfig:
+    """Compose while `searching`; raises ConfigError."""
+    try:
+        return hydra.compose(primary, list(lines), return_hydra_config=with_hydra)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def parsed(lines: Sequence[str]) -> list[Override]:
+    """Parse overrides while `searching`; raises ConfigError."""
+    try:
+        return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(list(lines))
+    except HydraException as error:
+        raise ConfigError(f"the command line can't be read: {str(error).splitlines()[0]}") from error
+
+
+def is_hydra(override: Override) -> bool:
+    """Return whether an override is one of Hydra's own settings."""
+    return override.key_or_group == "hydra" or override.key_or_group.startswith(("hydra.", "hydra/"))
+
+
+def key_as_written(override: Override) -> str:
+    """Return the key as the command line has it: `estimator@positive` is not the same as `estimator`."""
+    return override.get_key_element().lstrip("+~")
+
+
+def check_names(primary: str, overrides: Sequence[Override], own: Path | None = None) -> None:
+    """Refuse overrides of a group, an option or a key that does not exist.
+
+    Args:
+        primary: Name of the primary config.
+        overrides: What the command line sets.
+        own: The user's folder of configuration files.
+
+    Raises:
+        ConfigError: for the first such override, with the nearest name.
+    """
+    for override in overrides:
+        _check_option(override)
+    # if an override names several options, the first one decides which keys there are
+    chosen = [
+        f"{(o.input_line or '').split('=', 1)[0]}={next(o.sweep_string_iterator())}"
+        if o.is_sweep_override()
+        else o.input_line or ""
+        for o in overrides
+        if _is_group(o)
+    ]
+    known = composed(primary, chosen)
+    for override in overrides:
+        _check_key(override, known, own)
+
+
+def _options(group: str) -> list[str]:
+    return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
+
+
+def _is_group(override: Override) -> bool:
+    return bool(_options(override.key_or_group)) and not override.is_delete()
+
+
+def _check_option(override: Override) -> None:
+    group = override.key_or_group
+    if not _is_group(override) or group.startswith("hydra"):
+        return
+    options = _options(group)
+    chosen = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
+    for value in chosen:
+        name = "null" if value is None else str(value)
+        if name not in options:
+            key = key_as_written(override)
+            guess = nearest(name, options)
+            raise ConfigError(
+                f"{key}={name}: {group} has no option {name!r}; allowed: {', '.join(options)}"
+                + (f"; {key}=null can be chosen in a run of its own" if group in OPTIONAL else "")
+                + (f"; nearest: {key}={guess}" if guess else "")
+            )
+
+
+def _check_key(override: Override, known: DictConfig, own: Path | None) -> None:
+    key = override.key_or_group
+    if is_hydra(override):
+        return
+    if override.is_delete() and key in OPTIONAL:
+        return
+    if override.is_delete():
+        raise ConfigError(f"{override.input_line}: {key!r} can't be removed; set it to another value")
+    if is_known(known, key) or _options(key):
+        return
+    # a task's table of styles can be set, but is seldom what was meant
+    allowed = [*(name for name in keys(known) if not name.startswith("styles.")), *groups(own)]
+    guess = nearest(key, allowed)
+    siblings = [name for name in allowed if name.rpartition(".")[0] == key.rpartition(".")[0]]
+    raise ConfigError(
+        f"{override.input_line}: there is no key {key!r}; allowed here: "
+        f"{', '.join(siblings or groups(own))}" + (f"; nearest: {guess}" if guess else "")
+    )

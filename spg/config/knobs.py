@@ -1,0 +1,53 @@
+"""Root keys that the selected parts do not read, and what else a user should know about a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from omegaconf import DictConfig, OmegaConf
+
+# root keys that parts interpolate; the training loop itself reads mu, group_size and seed
+KNOBS = ("beta", "omega", "block_size", "num_mc", "gen_length")
+
+
+def unread_knobs(cfg: DictConfig) -> list[str]:
+    """Return the root keys that no selected part of the configuration refers to.
+
+    An estimator counts as a part only if the objective refers to it: not every method has one.
+    """
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(raw, dict)
+    unread = unread_estimators(cfg)
+    selected = str({key: value for key, value in raw.items() if key not in (*KNOBS, *unread)})
+    return [knob for knob in KNOBS if knob in raw and f"${{{knob}}}" not in selected]
+
+
+def unread_estimators(cfg: DictConfig) -> list[str]:
+    """Return `estimator` and `positive`, each if the objective does not refer to it."""
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(raw, dict)
+    objective = str(raw.get("algorithm", {}))
+    return [name for name in ("estimator", "positive") if name in raw and f"${{{name}}}" not in objective]
+
+
+def notes(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Return what a user should know about a valid configuration, a line each.
+
+    Args:
+        cfg: The configuration, not yet resolved.
+        overrides: The command line: what it does not name stands by default.
+    """
+    lines = []
+    unread = unread_knobs(cfg)
+    asked = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
+    for knob in (k for k in unread if k in asked):
+        lines.append(f"Warning: {knob}={cfg[knob]} is read by no selected part and changes nothing.")
+    for name in unread_estimators(cfg):
+        group = "estimator" if name == "estimator" else "estimator@positive"
+        for line in overrides:
+            key = line.lstrip("+").partition("=")[0]
+            if key == group or key.startswith(f"{name}."):
+                lines.append(f"Warning: {line} is read by no selected part and changes nothing.")
+    if "beta" in cfg and "beta" not in unread and cfg.beta < 1:
+        lines.append(f"Note: with beta={cfg.beta}, below 1, the EUBO is no upper bound.")
+    return lines

@@ -1,0 +1,125 @@
+"""What a command line asks for, composed and checked in about a second, before torch is imported.
+
+A mistake is answered with what was given, what is allowed and the nearest right name, before a job starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.types import Override
+
+from spg.config.checks import check
+from spg.config.composition import check_names, composed, is_hydra, key_as_written, parsed, searching
+from spg.config.errors import ConfigError
+from spg.config.options import folder_of_user
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for: help, one job, or a multirun.
+
+    Attributes:
+        arguments: The command line.
+        help: Whether it asks for help only.
+        own: The user's folder of configuration files.
+        multirun: Whether there may be several jobs.
+        name: What the multirun's directory is named after.
+        swept: Keys that the multirun varies.
+        jobs: Their overrides for each job.
+    """
+
+    arguments: tuple[str, ...]
+    help: bool = False
+    own: Path | None = None
+    multirun: bool = False
+    name: str = ""
+    swept: tuple[str, ...] = ()
+    jobs: tuple[tuple[str, ...], ...] = ()
+
+
+def preflight(primary: str, argv: Sequence[str]) -> Plan:
+    """Check a command line and return what it asks for.
+
+    Args:
+        primary: Name of the command's primary config.
+        argv: The command line, without the program.
+
+    Raises:
+        ConfigError: for the first mistake.
+    """
+    args = get_args_parser().parse_args(list(argv))
+    own = folder_of_user(argv)
+    if args.help:
+        return Plan(tuple(argv), help=True, own=own)
+    if args.cfg or args.info or args.hydra_help:
+        return Plan(tuple(argv), own=own)
+    name = (args.config_name or primary).removesuffix(".yaml")
+    with searching(own):
+        overrides = parsed(args.overrides)
+        check_names(name, overrides, own)
+        sweeper = composed(name, [], with_hydra=True).hydra
+        params = dict(sweeper.sweeper.params or {})
+        multirun = args.multirun or str(sweeper.mode) == "RunMode.MULTIRUN"
+        given = {key_as_written(override) for override in overrides}
+        # as Hydra does: the command line takes the place of what a sweep's file says
+        every = [*parsed([f"{k}={v}" for k, v in params.items() if k not in given]), *overrides]
+        check_names(name, every, own)
+        for lines in _one_at_a_time(every, multirun):
+            check(composed(name, lines))
+    # of several overrides of one key Hydra takes the last
+    last = {key_as_written(o): o for o in every if not is_hydra(o)}
+    values = {
+        key: [f"{key}={value}" for value in o.sweep_string_iterator()]
+        for key, o in last.items()
+        if o.is_sweep_override()
+    }
+    title = _title(name if args.config_name else "_".join(values), overrides, bool(args.config_name))
+    jobs = tuple(itertools.product(*values.values()))
+    return Plan(tuple(argv), False, own, multirun, title, tuple(values), jobs)
+
+
+def _title(name: str, overrides: Sequence[Override], from_file: bool) -> str:
+    """Return the name of a multirun: the same command gets the same one."""
+    asked = sorted(o.input_line or "" for o in overrides if not is_hydra(o))
+    digest = hashlib.sha256(" ".join(asked).encode()).hexdigest()[:8]
+    title = name or "single"
+    return re.sub(r"[^\w.-]", ".", title if from_file and not asked else f"{title}-{digest}")
+
+
+def sweep_folder(primary: str, plan: Plan) -> Path:
+    """Return the directory of a plan's multirun; the environment must hold the name that it is made of."""
+    args = get_args_parser().parse_args(list(plan.arguments))
+    with searching(plan.own):
+        lines = [o.input_line or "" for o in parsed(args.overrides) if is_hydra(o)]
+        cfg = composed((args.config_name or primary).removesuffix(".yaml"), lines, with_hydra=True)
+    return Path(str(cfg.hydra.sweep.dir))
+
+
+def _one_at_a_time(overrides: Sequence[Override], multirun: bool) -> Iterator[list[str]]:
+    """Yield command lines without sweeps that together hold every value that a sweep names."""
+    values = []
+    for override in overrides:
+        if override.is_sweep_override():
+            if not multirun:
+                raise ConfigError(
+                    f"{override.input_line} names several values; add --multirun for a run of each, or "
+                    f"quote a text with commas: '{override.key_or_group}=\"...\"'"
+                )
+            head = (override.input_line or "").split("=", 1)[0]
+            values.append([f"{head}={value}" for value in override.sweep_string_iterator()])
+            if not values[-1]:
+                raise ConfigError(f"{override.input_line} names no value")
+        else:
+            values.append([override.input_line or ""])
+    first = [options[0] for options in values]
+    yield first
+    for i, options in enumerate(values):
+        for other in options[1:]:
+            yield [*first[:i], other, *first[i + 1 :]]

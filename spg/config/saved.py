@@ -1,0 +1,70 @@
+"""Configurations that lie in files: those of runs and evaluations, and the shipped options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
+
+from spg.config import renames
+from spg.config.options import files
+
+
+def saved(path: Path) -> DictConfig | None:
+    """Return the configuration that a run or an evaluation left at `path`, or None if there is none.
+
+    Classes that an older version named by another path have their present one.
+    """
+    try:
+        cfg = OmegaConf.load(path)
+    except (OSError, YAMLError):
+        return None
+    return renames.updated(cfg) if isinstance(cfg, DictConfig) else None
+
+
+def shipped(group: str, node: Any) -> tuple[str, DictConfig] | None:
+    """Return name and settings of the shipped option of a group that has the classes of `node`, or None."""
+    found: list[tuple[str, DictConfig]] = []
+    keys_of = ("network._target_", "tokenizer._target_") if group == "model" else ("_target_",)
+    for path in files(group):
+        option = saved(path) or OmegaConf.create()
+        option = option.task if group == "task" else option
+        classes = [OmegaConf.select(option, key) for key in keys_of]
+        if OmegaConf.is_config(node) and classes == [OmegaConf.select(node, key) for key in keys_of]:
+            option.pop("defaults", None)
+            found.append((path.stem, option))
+    # several models have the same classes and differ in where their weights are
+    same = [pair for pair in found if pair[1].get("path") == node.get("path")]
+    return next(iter(same + found), None)
+
+
+def task_of_run(argv: Sequence[str]) -> str | None:
+    """Return `task=...` for the runs that `run=` names; None if one is chosen, or the runs differ."""
+    given = dict(line.lstrip("+").partition("=")[::2] for line in argv if not line.startswith("-"))
+    if "task" in given or not given.get("run"):
+        return None
+    found = set()
+    for run in given["run"].split(","):
+        cfg = saved(Path(run.strip("'\"")) / "config.yaml")
+        option = None if cfg is None else shipped("task", cfg.get("task"))
+        found.add(option and option[0])
+    name = found.pop() if len(found) == 1 else None
+    return None if name is None else f"task={name}"
+
+
+def settle_paths(cfg: DictConfig) -> DictConfig:
+    """Return `cfg` with absolute local paths, so that a run can go on from another directory.
+
+    These are a folder of published weights (model.path) and a file of preference pairs (preferences.path).
+    """
+    if cfg.get("preferences") is not None:
+        cfg = cfg.copy()
+        cfg.preferences.path = str(Path(cfg.preferences.path).absolute())
+    path = None if "model" not in cfg else cfg.model.get("path")
+    if path is not None and Path(path).is_dir():
+        cfg = cfg.copy()
+        cfg.model.path = str(Path(path).absolute())
+    return cfg
