@@ -31,11 +31,11 @@ from spg.config import (
 )
 from spg.core.console import take_over_logging
 from spg.core.errors import InputError, Interrupted, RunError
-from spg.core.files import DISK_FULL
+from spg.core.files import DISK_FULL, write_json
 from spg.reports.tables import show_jobs
 from spg.runs.jobs import LEFT_ALONE, STOPPING
 from spg.runs.multirun import write_runs
-from spg.runs.status import read_status, write_json
+from spg.runs.status import read_status
 
 log = logging.getLogger(__name__)
 

@@ -258,14 +258,19 @@ def _elsewhere(where: Module, first: str, rest: list[str]) -> Found:
     raise AbsentError(where.name, first, sorted(where.definitions))
 
 
-def literal(node: Any) -> Any:
-    """Return the value of a literal expression, with numbers computed from numbers such as `2**31 - 1`."""
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        if isinstance(node, ast.BinOp):
-            left, right = literal(node.left), literal(node.right)
-            operation = OPERATIONS.get(type(node.op))
-            if operation is not None:
-                return operation(left, right)
-        raise
+def literal(node: ast.expr) -> Any:
+    """Return the value of a literal expression, with numbers computed from numbers such as `2**31 - 1`.
+
+    Raises:
+        ValueError: if the expression is not a literal.
+    """
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
+        return OPERATIONS[type(node.op)](literal(node.left), literal(node.right))
+    if isinstance(node, ast.Tuple):
+        return tuple(literal(item) for item in node.elts)
+    if isinstance(node, ast.List):
+        return [literal(item) for item in node.elts]
+    if isinstance(node, ast.Dict):
+        pairs = zip(node.keys, node.values, strict=True)
+        return {literal(key): literal(value) for key, value in pairs if key is not None}
+    return ast.literal_eval(node)

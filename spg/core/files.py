@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import errno
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -14,6 +17,11 @@ def read_csv(path: str | Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file, as written."""
     with Path(path).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` to `path`, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -26,6 +27,13 @@ class Words:
     """Says in words what a value may be, for rules that the bounds alone do not describe."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Restricts a text to those that a regular expression matches as a whole."""
+
+    pattern: str
 
 
 Positive = Annotated[float, Gt(0)]
@@ -134,7 +142,7 @@ def _checking(function: Callable[..., Any], annotated: Any) -> Callable[..., Any
 def _is_of(base: Any, value: Any) -> bool:
     origin = get_origin(base)
     if origin is Literal:
-        return any(value is option or value == option for option in get_args(base))
+        return any(type(value) is type(option) and value == option for option in get_args(base))
     if origin in (Union, types.UnionType):
         return any(allows(option, value) for option in get_args(base))
     if base is bool:
@@ -151,6 +159,8 @@ def _is_of(base: Any, value: Any) -> bool:
 def _meets(constraint: Any, value: Any) -> bool:
     if isinstance(constraint, Interval):
         return all(_meets(part, value) for part in constraint)
+    if isinstance(constraint, Matches):
+        return re.fullmatch(constraint.pattern, value) is not None
     if isinstance(constraint, Predicate):
         return bool(constraint.func(value))
     if isinstance(constraint, Gt):
@@ -166,7 +176,8 @@ def _range(base: Any, constraints: Sequence[Any]) -> str:
     limits = [part for c in constraints for part in (c if isinstance(c, Interval) else [c])]
     low = next((part for part in limits if isinstance(part, Gt | Ge)), None)
     high = next((part for part in limits if isinstance(part, Lt | Le)), None)
-    kind = "a whole number" if base is int else "a number" if base is float else f"a {base.__name__}"
+    kinds = {int: "a whole number", float: "a number", str: "a text"}
+    kind = kinds.get(base, "a value")
 
     def shown(number: Any) -> str:
         return str(number) if isinstance(number, int) else f"{number:g}"

@@ -22,7 +22,7 @@ from spg.models.factory import base_name, build_policy, check_device, check_read
 from spg.models.lora import check_fits
 from spg.models.network import Network
 from spg.models.policy import Policy
-from spg.models.weights import load_checkpoint, load_weights
+from spg.models.weights import load_trained
 from spg.rollout.decoder import Decoder
 from spg.runs.directory import read_updated_config
 from spg.tasks.base import Task
@@ -154,17 +154,8 @@ def _loader(policy: Policy, path: Path | None) -> Callable[[], None]:
     """Return a function that loads a run's file or folder into the policy; without a path it does nothing."""
 
     def load() -> None:
-        if path is None:
-            return
-        try:
-            if path.suffix == ".ckpt":
-                load_checkpoint(policy.network, path)
-            elif path.suffix == ".safetensors":
-                load_weights(policy.network, path)
-            else:
-                policy.load_adapter(path)
-        except ValueError as error:
-            raise RunError(str(error)) from error
+        if path is not None:
+            load_trained(policy.network, path, policy.load_adapter if policy.has_adapter else None)
 
     return load
 

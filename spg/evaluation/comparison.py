@@ -13,12 +13,12 @@ from rich.text import Text
 
 from spg.core.console import console
 from spg.core.errors import RunError
+from spg.core.files import write_json
 from spg.evaluation.metrics import Figures
 from spg.evaluation.selection import describe_selection, select
 from spg.evaluation.tables import percent
 from spg.reports.tables import empty_table, value_text
 from spg.runs.multirun import Job, read_jobs, read_sweep
-from spg.runs.status import write_json
 
 # swept keys that make another model; so does every key of the group `model`
 MODEL_KEYS = ("run", "adapter", "generations")

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from spg.config import ConfigError, build
 from spg.core.console import take_over_logging
 from spg.core.errors import InputError
+from spg.core.files import write_json
 from spg.core.progress import Progress
 from spg.core.statistics import wilson
 from spg.evaluation.candidates import Candidate, Candidates, saved_candidates
@@ -25,7 +26,7 @@ from spg.evaluation.selection import describe_selection, select
 from spg.evaluation.tables import percent, show_results
 from spg.models.base_weights import existing
 from spg.runs.provenance import git_commit, versions
-from spg.runs.status import read_status, write_json, write_status
+from spg.runs.status import read_status, write_status
 from spg.tasks.base import Task
 from spg.tasks.scoring import score_all
 

@@ -17,7 +17,7 @@ from spg.core.errors import InputError
 from spg.core.examples import Chat
 from spg.models import base_weights
 from spg.models.hub import CONFIG, WEIGHTS, config_fields, fetch, sizes
-from spg.models.lora import name_base
+from spg.models.lora import add_adapter, name_base
 from spg.models.network import Network
 from spg.models.policy import Policy
 from spg.models.quantization import check_nf4, prepare_nf4, quantise
@@ -68,6 +68,22 @@ def build_policy(cfg: DictConfig, find_base: Callable[[DictConfig], Path] = base
     if setting(cfg, "compile"):
         network.compile_layers()
     return policy
+
+
+def build_adapter(cfg: DictConfig) -> tuple[Network, Any]:
+    """Build a network without storage and an untrained adapter in it, with storage on the CPU.
+
+    The base weights, which may be large or in 4 bits, are not read.
+    """
+    with torch.device("meta"):
+        network: Network = build(cfg.model.network, seed=None)
+        name_base(network, base_name(cfg))
+        adapter = add_adapter(network, build(cfg.model.lora))
+    for module in network.modules():
+        for part in ("lora_A", "lora_B"):
+            if hasattr(module, part):
+                getattr(module, part).to_empty(device="cpu")
+    return network, adapter
 
 
 def device_of(cfg: DictConfig) -> torch.device:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from spg.core.errors import RunError
 from spg.models.network import Network
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -248,6 +249,32 @@ def load_checkpoint(network: nn.Module, path: str | Path) -> None:
     if wrong:
         raise ValueError(f"{path} does not fit this model: {len(wrong)} tensors differ, first {wrong[0]}")
     network.load_state_dict(found, strict=False)
+
+
+def load_trained(network: nn.Module, path: Path, load_adapter: Callable[[Path], None] | None) -> None:
+    """Fill a network with what a run has trained.
+
+    Args:
+        network: The run's network.
+        path: A checkpoint (.ckpt), a file of weights (.safetensors), or the PEFT folder of an adapter.
+        load_adapter: Loads an adapter from its folder; None if the network has no adapter.
+
+    Raises:
+        RunError: if the file or folder does not fit the network.
+    """
+    try:
+        if path.suffix == ".ckpt":
+            load_checkpoint(network, path)
+        elif path.suffix == ".safetensors":
+            load_weights(network, path)
+        elif load_adapter is None:
+            raise ValueError(
+                f"{path} holds an adapter, but the run has trained all weights; give its own file"
+            )
+        else:
+            load_adapter(path)
+    except ValueError as error:
+        raise RunError(str(error)) from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from spg import config
-from spg.config import ConfigError
+from spg.config import ConfigError, renames
 from spg.core.files import write_text
 
 # what an evaluation or an export needs to know of a run
@@ -29,13 +29,13 @@ def read_config(folder: Path) -> DictConfig:
     Raises:
         ConfigError: if its config.yaml is not one of a run.
     """
-    cfg = OmegaConf.load(folder / "config.yaml")
-    if not isinstance(cfg, DictConfig) or "trainer" not in cfg:
+    cfg = config.saved(folder / "config.yaml")
+    if cfg is None or "trainer" not in cfg:
         raise ConfigError(
             f"{folder / 'config.yaml'} is no run's configuration; give the directory that "
             "`python -m spg.train` printed at its end"
         )
-    return cfg
+    return renames.updated(cfg)
 
 
 def write_config(cfg: DictConfig, folder: Path) -> None:

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from spg.core.errors import InputError, Interrupted, RunError
-from spg.core.files import DISK_FULL, write_text
+from spg.core.files import DISK_FULL, write_json
 
 STATES = ("running", "finished", "failed", "interrupted")
 
 
 class InUseError(RunError):
     """Another process works in the directory of a run."""
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` to `path`, completely or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_status(folder: Path) -> dict[str, Any]:

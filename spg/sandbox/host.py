@@ -29,7 +29,7 @@ from spg.core.errors import InputError
 
 log = logging.getLogger(__name__)
 
-SCRIPT = Path(__file__).with_name("guest.py")
+SCRIPT = Path(__file__).with_name("guest") / "__main__.py"
 NAMESPACES, USER, UID, NONE = "namespaces", "user namespace", "user id", "none"
 # by the setting, the strongest first; what does not wall in is only for who asks for it
 LEVELS = {"auto": (NAMESPACES, USER), "user_id": (UID,), "none": (NONE,)}
@@ -37,7 +37,7 @@ LEVELS = {"auto": (NAMESPACES, USER), "user_id": (UID,), "none": (NONE,)}
 GRACE = 5.0
 TAIL = 2000  # characters of the output that are kept
 
-# where `caged.CALLS` knows the system calls by their numbers
+# where `guest.isolation.CALLS` knows the system calls by their numbers
 FILTERED = platform.machine() in ("x86_64", "aarch64") and sys.maxsize > 2**32
 _WALLS = (
     "The program sees the system's libraries (/lib, /usr/lib) and the interpreter's lib folder without the "
@@ -293,7 +293,7 @@ def _watch(plan: dict[str, Any], job: int, output_bytes: int) -> _Seen:
     finally:
         os.close(low)
     # no hash seed of chance: a program's sets keep their order from one run to the next
-    options = ["-s", "-S", "-P", "-B", "-u", "-X", "utf8"]
+    options = ["-s", "-S", "-P", "-u", "-X", "utf8"]
     command = [os.path.realpath(sys.executable), *options, str(SCRIPT)]
     try:
         process = subprocess.Popen(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from spg.core.errors import InputError
-
-log = logging.getLogger(__name__)
+from spg.core.hub import hub_answers, one_line
 
 # file name extension: what `datasets` calls its reader
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 PACKED = ".gz"
-# seconds to wait for the hub's first answer, before looking for a cached copy
-PATIENCE = 5.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ def read(path: Path, columns: Sequence[str], option: str = "task.path") -> list[
         else:
             rows = Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
     except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise InputError(f"{option}={path} can't be read: {_line(error)}") from error
+        raise InputError(f"{option}={path} can't be read: {one_line(error)}") from error
     _check(rows, columns, f"{option}={path}")
     return rows
 
@@ -125,23 +121,15 @@ def _from_hub(published: Published, option: str) -> list[dict[str, Any]]:
     import huggingface_hub
 
     before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    offline = any(before)
-    if not offline:
-        try:
-            huggingface_hub.HfApi().dataset_info(published.name, timeout=PATIENCE)
-        except huggingface_hub.errors.HfHubHTTPError as error:
-            log.debug("The hub refuses %s: %s", published.name, _line(error))  # loading will tell why
-        except Exception as error:  # noqa: BLE001  # its class changes with the hub's HTTP library
-            log.debug("The hub does not answer for %s: %s", published.name, _line(error))
-            offline = True
+    offline = any(before) or not hub_answers("dataset", published.name)
     try:
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
         rows = datasets.load_dataset(published.name, published.config, split=published.split).to_list()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
-            f"the data set {published.name} ({published.split}) can't be had from the hub ({_line(error)}): "
-            f"connect to the network, or give a local copy with {option}=<file or folder> (json, jsonl, csv "
-            f"or parquet with the columns {', '.join(published.columns)})"
+            f"the data set {published.name} ({published.split}) can't be had from the hub "
+            f"({one_line(error)}): connect to the network, or give a local copy with {option}=<file "
+            f"or folder> (json, jsonl, csv or parquet with the columns {', '.join(published.columns)})"
         ) from error
     finally:
         huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
@@ -159,7 +147,3 @@ def _check(rows: Sequence[dict[str, Any]], columns: Sequence[str], what: str) ->
                 f"{what}, row {number}: the columns {', '.join(missing)} are missing or empty; it has "
                 f"{', '.join(map(str, row))}; needed: {', '.join(columns)}"
             )
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

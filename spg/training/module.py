@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from spg.algorithms.advantages import Advantage
 from spg.algorithms.masking import MaskingStrategy
 from spg.algorithms.objectives import Adaptive, Objective
+from spg.config import updated
 from spg.core.errors import RunError
 from spg.core.limits import check_limits
 from spg.core.seeding import derive_seed
@@ -576,7 +577,7 @@ class Training(pl.LightningModule):
         own = checkpoint.get("spg")
         if not isinstance(own, dict) or own.get("format") != CHECKPOINT_FORMAT:
             raise RunError("the checkpoint was not written by this version of spg.train; give another")
-        theirs = own["identity"]
+        theirs = updated(own["identity"])
         for key in sorted(self.identity.keys() | theirs.keys()):
             before, now = theirs.get(key, "nothing"), self.identity.get(key, "nothing")
             if before != now:

@@ -108,7 +108,7 @@ def pretrain(cfg: DictConfig, folder: Path) -> Path:
             "models: model=tiny, or model=llada_toy"
         )
     # those of a file may be held out: only generated examples, or a training file, are learned here
-    task: Task = build(cfg.task, path=None)
+    task: Task = build(cfg.task, **({"path": None} if "path" in cfg.task else {}))
     demonstrations = task.demonstrations()
     check_reads(cfg, task.prompt(demonstrations[0]), task.name)
     numbers = cfg.pretrain

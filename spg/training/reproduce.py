@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spg.algorithms.objectives import Adaptive
-from spg.config import ConfigError
+from spg.config import ConfigError, updated
 from spg.core.console import console
 from spg.core.types import Experience, MaskedSamples, Rollout
 from spg.training.assembly import build_module
@@ -33,7 +33,7 @@ def reproduce(path: Path) -> bool:
         what, update, config = record["what"], record["update"], record["config"]
     except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise ConfigError(f"{path} is no file that a stopped run left ({error})") from error
-    cfg = OmegaConf.create(config)
+    cfg = OmegaConf.create(updated(config))
     assert isinstance(cfg, DictConfig)
     torch.set_num_threads(cfg.trainer.threads)
     module = build_module(cfg)

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from spg.core.errors import Interrupted
+from spg.core.files import write_json
 from spg.core.process import rank
 from spg.models.weights import save_tensors, save_weights
 from spg.reports.plots import plot_run
@@ -21,7 +22,7 @@ from spg.reports.summary import show_summary
 from spg.runs.directory import write_config
 from spg.runs.lifecycle import Run
 from spg.runs.provenance import git_commit, versions
-from spg.runs.status import read_status, write_json, write_status
+from spg.runs.status import read_status, write_status
 from spg.training.callbacks import (
     BeforeAndAfter,
     Checkpoints,

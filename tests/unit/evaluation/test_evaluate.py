@@ -25,6 +25,7 @@ from spg.cli.train import resume
 from spg.config import ConfigError
 from spg.core.console import console
 from spg.core.errors import InputError
+from spg.core.files import write_json
 from spg.core.statistics import wilson
 from spg.evaluation import checkpoints
 from spg.evaluation.comparison import report_multirun
@@ -37,7 +38,7 @@ from spg.models import base_weights
 from spg.rollout import collect
 from spg.runs import directory as runs
 from spg.runs.identity import OtherRunError
-from spg.runs.status import lock, read_status, write_json, write_status
+from spg.runs.status import lock, read_status, write_status
 from spg.tasks.sudoku import Sudoku
 from spg.training import pretraining
 from tests import warm

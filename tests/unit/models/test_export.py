@@ -23,7 +23,7 @@ from spg.evaluation.settings import merge_settings
 from spg.models import base_weights
 from spg.models import export as exporting
 from spg.models.factory import build_policy
-from spg.models.lora import LoRA, add_adapter, merged
+from spg.models.lora import LoRA, Merged, add_adapter, merged
 from spg.models.policy import Policy
 from spg.models.qwen3 import Qwen3Diffusion, Qwen3DiffusionConfig
 from spg.models.weights import load_checkpoint, load_published, load_weights
@@ -131,7 +131,7 @@ def published(adapted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cfg = config.compose("export", [f"run={adapted}", "merge=true"])
     cfg.shard_mb = 0.2  # as if the model were larger
     cfg_of_run = runs.read_updated_config(str(adapted))
-    exporting.export(cfg, cfg_of_run, adapted / "checkpoints" / "best.ckpt", folder)
+    export.export(cfg, cfg_of_run, adapted / "checkpoints" / "best.ckpt", folder)
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
     return folder
 
@@ -236,9 +236,14 @@ def test_large_weights_are_shared_out_among_files(tmp_path: Path) -> None:
     assert not any(shards.values()), "and nothing that the index does not name"
 
 
-def test_no_file_is_larger_than_asked_unless_one_tensor_is() -> None:
+def test_no_file_is_larger_than_asked_unless_one_tensor_is(tmp_path: Path) -> None:
     sizes = {"a": 3, "b": 3, "c": 5, "d": 9, "e": 1, "f": 2}
-    assert exporting.shared_out(sizes, 6) == [["a", "b"], ["c"], ["d"], ["e", "f"]]
+    tensors = {name: Merged(torch.arange(size, dtype=torch.float32)) for name, size in sizes.items()}
+    exporting.write_weights(tensors, tmp_path, None, 24)
+    files = [load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))]
+    assert sorted(name for file in files for name in file) == sorted(sizes)
+    held = [sum(map(len, file.values())) for file in files]
+    assert all(size <= 6 or len(file) == 1 for size, file in zip(held, files, strict=True))
 
 
 def test_tied_tensors_are_written_once(tmp_path: Path) -> None:
@@ -301,7 +306,7 @@ def test_a_base_of_4_bits_is_not_merged_unasked(
 ) -> None:
     cfg = runs.read_updated_config(str(adapted))
     cfg.model.quantization = "nf4"
-    monkeypatch.setattr(runs, "of_this_version", lambda path: cfg.copy())
+    monkeypatch.setattr(export, "read_updated_config", lambda path: cfg.copy())
     with pytest.raises(ConfigError, match=r"4-bit weights .*give merge=false .* or unquantized=true"):
         exported(tmp_path / "a", f"run={adapted}", "merge=true")
     assert (exported(tmp_path / "b", f"run={adapted}") / "adapter_config.json").is_file()

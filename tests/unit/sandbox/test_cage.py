@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from spg.core.errors import InputError
-from spg.sandbox import host as cages
+from spg.sandbox import host
 from spg.sandbox.host import NAMESPACES, NONE, UID, USER, Cage, CageError, Outcome
 from tests.helpers import ROOT
 
@@ -63,7 +63,7 @@ def processes() -> list[str]:
                 line = (entry / "cmdline").read_bytes().decode()
             except OSError:
                 continue
-            if "caged.py" in line and f'"parent": {os.getpid()}' in line:
+            if str(host.SCRIPT) in line and f'"parent": {os.getpid()}' in line:
                 found.append(f"{entry.name}: {line}")
     return found
 
@@ -195,6 +195,8 @@ class Color(str, enum.Enum):
     RED = "red"
 def colors(): return [Color.RED]
 LIMIT = 7
+class Wire:
+    _connection, _number, _line = 1, 2, 3
 class Stack:
     kind = "stack"
     def __init__(self, *items): self.items = list(items)
@@ -304,6 +306,10 @@ assert s == Stack(1, 2) and s != Stack() and s + Stack(3) == Stack(1, 2, 3) and 
 assert isinstance(s, Stack) and s.items == [1, 2] and Stack.kind == 'stack' and s and not Stack()
 s.items = [9]
 assert s.items == [9] and isinstance(Stack(), Stack) and not isinstance(1, Stack)
+== attributes like those of the stand-in
+from solution import Wire
+w = Wire()
+assert (w._connection, w._number, w._line) == (1, 2, 3)
 == objects that are containers too
 from solution import LRU, Pile, Point, pair
 cache = LRU(2)
@@ -384,7 +390,13 @@ def test_nothing(x):
 # --- programs that want to pass without being right --------------------------------------------------
 
 
-CHEATS = programs(r"""
+# how a program gets hold of its own end of the connection, which is no module that it could import
+REACH = """
+import gc
+Connection = next(c for c in gc.get_objects() if type(c) is type and c.__name__ == 'Connection')
+"""
+CHEATS = programs(
+    r"""
 == leave
 import sys
 sys.exit(0)
@@ -457,7 +469,7 @@ def f(x):
         frame = frame.f_back
     return 0
 == search memory
-import gc, __main__
+import gc
 def f(x):
     found = [o for o in gc.get_objects() if isinstance(o, (dict, list))
         and len(o) < 99 and 'f(-1)' in str(o)]
@@ -469,20 +481,19 @@ for n in range(64):
     except OSError: pass
 def f(x): return 0
 == answer for the other side
-import __main__
-for line in ('Line',):
-    __main__.Line.encode = lambda self, v: ['there', 0]
+{reach}
+Connection.encode = lambda self, v, seen: ['there', 0]
 def f(x): return 0
 == unreadable answers
-import __main__
-__main__.Line.encode = lambda self, v: {'a': 1}
+{reach}
+Connection.encode = lambda self, v: {'a': 1}
 def f(x): return 0
 == flood the other side
-import __main__
+{reach}
 def flood(self, message):
     while True:
         self.file.write(b'[' * (1 << 20))
-__main__.Line.send = flood
+Connection.send = flood
 def f(x): return 0
 == nest without end
 def f(x):
@@ -503,8 +514,8 @@ if os.fork() == 0:
         for s in (signal.SIGALRM, signal.SIGINT, signal.SIGCHLD): os.kill(1, s)
 def f(x): return 0
 == ask back
-import __main__
-__main__.Line.serve = lambda self, *a: self.send(['ask', 'getattr', ['tuple', []], ['dict', []]])
+{reach}
+Connection.serve = lambda self, *a: self.send(['ask', 'getattr', ['tuple', []], ['dict', []]])
 def f(x): return 0
 == trace
 import sys
@@ -515,30 +526,30 @@ def f(x): return 0
 import sys
 def f(x):
     frame = sys._getframe()
-    while type(line := frame.f_locals.get('self')).__name__ != 'Line': frame = frame.f_back
+    while type(line := frame.f_locals.get('self')).__name__ != 'Connection': frame = frame.f_back
     yes, zero = lambda *a: True, lambda *a: 0
     body = {'__eq__': yes, '__call__': yes, '__sub__': zero, '__rsub__': zero}
     return line.ask('call', line.ask('call', type, 'A', (object,), body))
 == name a class of the tests
-import __main__
-encode = __main__.Line.encode
+{reach}
+encode = Connection.encode
 def forged(self, value, seen): return ['class', 'property'] if value == 'p' else encode(self, value, seen)
 def f(x):
-    __main__.Line.encode = forged
+    Connection.encode = forged
     return 'p'
 == ask with what was not lent
-import __main__
-serve = __main__.Line.serve
+{reach}
+serve = Connection.serve
 def asking(self, *request):
     named = ['dict', ['tuple', []]]
     self.send(['ask', 'call', ['tuple', [['class', 'exec'], 'raise SystemExit']], named, True])
     print(self.receive())
     serve(self, *request)
-__main__.Line.serve = asking
+Connection.serve = asking
 def f(x): return 0
 == an object in an error
-import __main__
-__main__.Line.shown = lambda self, value: value
+{reach}
+Connection.as_argument = lambda self, value: value
 class A:
     def __str__(s): return 'x'
 def f(x): raise ValueError(A())
@@ -556,7 +567,8 @@ def f(x): return 0
 == kill everything
 import os
 os.kill(-1, 9)
-""")
+""".replace("{reach}", REACH)
+)
 
 
 @pytest.mark.parametrize("name", CHEATS)
@@ -566,6 +578,35 @@ def test_cheats_do_not_pass(name: str) -> None:
     assert outcome.kind != "passed", outcome
     assert outcome.passed == (False,)
     assert time.monotonic() - started < 8
+
+
+def test_a_program_reaches_its_end_of_the_connection() -> None:
+    """So the cheats above do what they say, and do not fail before they begin."""
+    program = REACH + "found = [n for n in ('ask', 'encode', 'serve', 'send', 'as_argument')"
+    program += " if hasattr(Connection, n)]\n"
+    assert new_cage().run(program, ["from solution import found\nassert len(found) == 5"]).kind == "passed"
+
+
+def test_the_guest_leaves_no_trace_of_its_own_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a program nor a test imports a module of the guest, even if its files can be read."""
+    names = [path.stem for path in host.SCRIPT.parent.glob("*.py") if path.stem != "__main__"]
+    look = f"""
+import importlib, sys
+for name in {["guest", "spg", "host", *names]}:
+    try:
+        importlib.import_module(name)
+        raise RuntimeError(name)
+    except ImportError:
+        pass
+folder = {str(host.SCRIPT.parent.parent)!r}
+files = {{n: getattr(m, '__file__', None) or '' for n, m in sys.modules.items() if n != '__main__'}}
+assert not [name for name, file in files.items() if file.startswith(folder)]
+assert not [place for place in [*sys.path, *sys.path_importer_cache] if place.startswith(folder)]
+"""
+    assert "rpc" in names
+    for level in (NAMESPACES, NONE):
+        outcome = at_level(level, monkeypatch).run(f"{look}\n{RIGHT}", [f"{look}\n{TEST}"])
+        assert outcome.kind == "passed", outcome
 
 
 def test_an_always_equal_class_passes_only_tests_that_name_it() -> None:
@@ -841,7 +882,7 @@ def test_harm_is_not_done(
     assert time.monotonic() - started < 8
     assert canary.read_text() == SECRET
     assert SECRET not in outcome.output + outcome.error
-    assert len(outcome.output) <= cages.TAIL
+    assert len(outcome.output) <= host.TAIL
 
 
 KINDS = {
@@ -862,7 +903,7 @@ def test_a_program_sees_nothing_but_the_library() -> None:
     program = (
         "import os\n"
         "print(sorted(os.environ), os.listdir('/tmp'), os.path.exists('/proc'), os.getcwd())\n"
-        "print([n for n in ('/etc/passwd', '/etc/hosts', '/bin/sh', '/home', '/work', '/var', '/opt', '/run')"
+        "print([n for n in ('/etc/passwd', '/etc/hosts', '/bin/sh', '/home', '/srv', '/var', '/opt', '/run')"
         " if os.path.exists(n)])\n"
         "print(os.listdir('/dev') if os.path.exists('/dev') else '')\n" + RIGHT
     )
@@ -943,9 +984,9 @@ def test_nothing_runs_where_nothing_walls_in(
             return Outcome("passed", (True,), "", 0.0, "")
         raise CageError("unshare: not permitted")
 
-    monkeypatch.setattr(cages, "_best", {})
-    monkeypatch.setattr(cages, "_warned", set())
-    monkeypatch.setattr(cages, "_run", broken)
+    monkeypatch.setattr(host, "_best", {})
+    monkeypatch.setattr(host, "_warned", set())
+    monkeypatch.setattr(host, "_run", broken)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     with pytest.raises(
         InputError,
@@ -961,20 +1002,20 @@ def test_nothing_runs_where_nothing_walls_in(
     with pytest.raises(RuntimeError, match=r"\(none\) broke, which is no verdict: unshare"):
         Cage(isolation="none").run(RIGHT)
     monkeypatch.setattr(os, "geteuid", lambda: 1)
-    monkeypatch.setattr(cages, "_best", {})
+    monkeypatch.setattr(host, "_best", {})
     with pytest.raises(InputError, match="user id: only for root"):
         Cage(isolation="user_id")
 
 
 def test_a_level_that_does_not_wall_in_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel may grant a namespace and yet hide nothing: the probe looks."""
-    real = cages._run
+    real = host._run
 
     def unwalled(program: str, tests: list[str], level: str, *rest: object) -> Outcome:
         return real(program, tests, NONE, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cages, "_best", {})
-    monkeypatch.setattr(cages, "_run", unwalled)
+    monkeypatch.setattr(host, "_best", {})
+    monkeypatch.setattr(host, "_run", unwalled)
     monkeypatch.setattr(os, "geteuid", lambda: 1)
     with pytest.raises(InputError, match="user namespace: failed AssertionError: opens"):
         Cage()
@@ -1022,7 +1063,7 @@ def test_a_parent_without_free_descriptors_gets_no_verdict(tmp_path: Path) -> No
 
 
 def test_a_cage_that_breaks_gives_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cages, "SCRIPT", Path("/nowhere.py"))
+    monkeypatch.setattr(host, "SCRIPT", Path("/nowhere.py"))
     with pytest.raises(RuntimeError, match=r"no verdict: it ended without a word; .*nowhere"):
         Cage(isolation="none").run(RIGHT)
 
@@ -1040,7 +1081,7 @@ def test_no_more_than_workers_run_at_once(monkeypatch: pytest.MonkeyPatch) -> No
             running -= 1
         return Outcome("passed", (True,), "", 0.0, "")
 
-    monkeypatch.setattr(cages, "_run", counted)
+    monkeypatch.setattr(host, "_run", counted)
     cage = Cage(isolation="none", workers=3)
     with ThreadPoolExecutor(12) as pool:
         assert len(list(pool.map(cage.run, [RIGHT] * 24))) == 24
@@ -1073,7 +1114,7 @@ def test_the_cage_dies_with_its_parent(isolation: str, tmp_path: Path) -> None:
                     line = (entry / "cmdline").read_bytes().decode()
                 except OSError:
                     continue
-                if "caged.py" in line and f'"parent": {parent.pid}' in line and "60.0" in line:
+                if str(host.SCRIPT) in line and f'"parent": {parent.pid}' in line and "60.0" in line:
                     found.append(int(entry.name))
         return found
 

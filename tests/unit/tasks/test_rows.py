@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 
 from spg.core.errors import InputError
+from spg.core.hub import hub_answers
 from spg.tasks.datasets import Published, load
 
 WHAT = Published("some/data", "train", ("question",))
@@ -23,6 +24,8 @@ class Refused(huggingface_hub.errors.HfHubHTTPError):
 def test_only_a_hub_that_is_not_there_sends_to_the_cache(
     answer: Exception, offline: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    hub_answers.cache_clear()
+
     def asked(*_: object, **__: object) -> None:
         raise answer
 
