@@ -86,7 +86,7 @@ def as_rollout(policy: Policy, task: Task, examples: list[Example], gen_length: 
     )
     completion = solved.template
     mask = through_first(completion == policy.eos_id)
-    return Rollout.written(prompts, completion, mask, tuple(texts), tuple(examples))
+    return Rollout.of_completions(prompts, completion, mask, tuple(texts), tuple(examples))
 
 
 def ensure_base_weights(cfg: DictConfig) -> Path:

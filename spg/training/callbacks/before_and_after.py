@@ -44,17 +44,17 @@ class BeforeAndAfter(pl.Callback):
         if module.updates < module.max_updates:
             return
         self.results["last"] = module.evaluate("test")
-        last, best = module.remembered(), read_checkpoint(self.best)
+        last, best = module.weights.copies(), read_checkpoint(self.best)
         update, chosen = best["spg"]["updates"], self.validation.best
         if chosen is None or chosen[0] != update:
             raise RunError(
                 f"{self.best} is of update {update}, but validation chose {chosen}; resume from an earlier "
                 "checkpoint of this run: resume=<its file>"
             )
-        module.fill(best["state_dict"])
+        module.weights.load(best["state_dict"])
         del best
         self.results["after"] = module.evaluate("test")
-        module.fill(last)
+        module.weights.load(last)
 
     def summary(self) -> dict[str, Any]:
         """Return the number of examples, and each measure at each of MOMENTS with its 95% interval
