@@ -25,8 +25,10 @@ from spg.core.examples import Example
 from spg.core.rules import Count, Seed, checked
 from spg.core.seeding import derive_seed
 from spg.core.types import Experience, MaskedSamples, UpdateBatch
+from spg.evaluation.completer import Completer
+from spg.evaluation.evaluator import Evaluation, evaluate
 from spg.models.policy import Policy
-from spg.rollout.collect import Evaluation, collect, evaluate
+from spg.rollout.collect import collect
 from spg.rollout.decoder import Decoder
 from spg.rollout.prompt_order import PromptStream
 from spg.tasks.base import Task
@@ -185,14 +187,9 @@ class Training(ResumableModule):
     def evaluate(self, split: str) -> Evaluation:
         """Decode and measure the completions of a split, each once, whatever the number of processes."""
         started = time.perf_counter()
-        result = evaluate(
-            self.policy,
-            self.evaluator,
-            self.task,
-            self.task.examples(split),
-            self.eval_batch_size,
-            world=self.world,
-        )
+        complete = Completer(self.policy, self.evaluator, self.task)
+        examples = self.task.examples(split)
+        result = evaluate(complete, self.task, examples, self.eval_batch_size, self.world)
         self.seconds["evaluation"] += time.perf_counter() - started
         return result
 

@@ -22,6 +22,7 @@ from spg.core.errors import Interrupted
 from spg.core.types import UpdateBatch
 from spg.evaluation import candidates as completing
 from spg.evaluation import results
+from spg.evaluation.settings import merge_settings
 from spg.models.base_weights import file_name
 from spg.models.factory import build_policy
 from spg.models.lora import LoRA, SavedLoRA
@@ -135,7 +136,7 @@ def test_an_adapter_s_run_is_evaluated(finished: Path, tmp_path: Path) -> None:
 def evaluated(folder: Path, *overrides: str) -> dict[str, Any]:
     """Evaluate in this process and return what results.json holds."""
     lines = [*overrides, "task.eval_size=6", "threads=1"]
-    evaluate.start(evaluate.settings(config.compose("evaluate", lines), lines), folder)
+    evaluate.start(merge_settings(config.compose("evaluate", lines), lines), folder)
     return json.loads((folder / "results.json").read_text())
 
 
