@@ -27,7 +27,7 @@ def generator(seed: int, *path: str | int) -> Generator:
 class Streams:
     """B streams of uniform numbers, in which number i of a row depends on (seed, index of the row, i) only.
 
-    Neither the other rows, nor the size of a draw along any axis, nor the device changes a number. The numbers
+    Neither other rows, nor the size of a draw along any axis, nor the device changes a number. The numbers
     are those of splitmix64 (Steele, Lea and Flood 2014), keyed axis by axis. Each call to `uniform` draws new
     numbers.
 
