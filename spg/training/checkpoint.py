@@ -66,7 +66,7 @@ class TrainedWeights:
         else:
             self._module.load_state_dict(tensors, strict=False)
 
-    def of(self, optimizer: LightningOptimizer) -> list[Tensor]:
+    def with_gradients(self, optimizer: LightningOptimizer) -> list[Tensor]:
         """Return the tensors that hold gradients; if weights are sliced, the optimizer's slices."""
         if sharding_of(self._module) is None:
             return list(self.tensors().values())
@@ -88,9 +88,9 @@ class ResumableModule(pl.LightningModule):
     """A module that counts its rollouts and updates, and goes on from a checkpoint as if it had not stopped.
 
     Args:
-        identity: settings that a checkpoint must share with the run that it is loaded into.
-        objective: what it has learned travels with the checkpoint, if it is `Adaptive`.
-        max_updates: updates of the run.
+        identity: Settings that a checkpoint must share with the run that it is loaded into.
+        objective: What it has learned travels with the checkpoint, if it is `Adaptive`.
+        max_updates: Updates of the run.
     """
 
     def __init__(self, identity: Mapping[str, Any], objective: Objective, max_updates: int) -> None:

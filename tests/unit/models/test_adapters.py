@@ -264,7 +264,7 @@ def module_of(policy: Policy, kl_coef: float, micro_batch_size: int | None = Non
 
 
 def gradient(module: Training, seed: int = 0) -> tuple[float, Tensor, dict[str, Tensor]]:
-    result = module.gradient.add(module.batch(*batch(seed)))
+    result = module.gradient.add(module.prepare_batch(*batch(seed)))
     found = [p.grad.flatten() for p in module.policy.parameters() if p.grad is not None]
     return float(result.loss), torch.cat(found), dict(result.figures)
 
@@ -396,5 +396,5 @@ def test_a_divergence_that_overflows_names_its_sequences() -> None:
     experience, samples = batch(0)
     loss, _, _ = gradient(module)
     assert loss == float("inf")
-    found = find_culprits(experience, module.batch(experience, samples), module.gradient)
+    found = find_culprits(experience, module.prepare_batch(experience, samples), module.gradient)
     assert found, "named, and not blamed on the weights"
