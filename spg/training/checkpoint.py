@@ -16,7 +16,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from spg.algorithms.objectives import Adaptive, Objective
-from spg.config.renames import updated
+from spg.config.renames import update_paths
 from spg.core.errors import RunError
 from spg.core.world import World
 from spg.training.fsdp import sharding_of
@@ -148,7 +148,7 @@ class ResumableModule(pl.LightningModule):
         own = checkpoint.get("spg")
         if not isinstance(own, dict) or own.get("format") != FORMAT:
             raise RunError("the checkpoint was not written by this version of spg.train; give another")
-        _check_identity(updated(own["identity"]), updated(self.identity))
+        _check_identity(update_paths(own["identity"]), update_paths(self.identity))
         self.weights.check_fit(checkpoint["state_dict"])
         if own["updates"] > self.max_updates:
             raise RunError(

@@ -155,7 +155,9 @@ def test_an_adapter_s_folder_is_evaluated_by_its_own_numbers(
     assert record["settings"]["adapter"] == str(finished / "adapter")
     assert (record["settings"]["lora"], record["selection"]) == (True, None)
     assert any(f"weights base, adapter {finished / 'adapter'}" in line for line in results.beside(record))
-    assert config.saved(tmp_path / "alone" / "config.yaml").model.lora.folder == str(finished / "adapter")
+    assert config.load_saved(tmp_path / "alone" / "config.yaml").model.lora.folder == str(
+        finished / "adapter"
+    )
     base = evaluated(tmp_path / "base", "model.lora=paper")
     assert base["results"]["base"] == own["base"]
     assert base["settings"]["lora"] is False, "what is not trained is not put in"
