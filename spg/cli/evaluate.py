@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spg import config
 from spg.cli import base_weights, launch
+from spg.cli.job_names import swept_values
 from spg.config import ConfigError
 from spg.core.errors import Interrupted, RunError
 from spg.evaluation.results import report
@@ -57,7 +58,7 @@ def job(cfg: DictConfig) -> None:
     # a task that the command line did not choose is the run's own, with the run's settings
     overrides = [line for line in hydra_cfg.overrides.task if line != os.environ.get("SPG_RUN_TASK")]
     if hydra_cfg.mode == RunMode.MULTIRUN:
-        values = launch.swept_values(cfg)
+        values = swept_values(cfg)
         run_job(folder, values, lambda: sweep_job(settings(cfg, overrides), folder, values))
     else:
         start(settings(cfg, overrides), folder)

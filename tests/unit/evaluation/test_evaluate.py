@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from spg import config
 from spg.cli import evaluate, launch
+from spg.cli.sweep import check_writable
 from spg.cli.train import resume
 from spg.config import ConfigError
 from spg.core.console import console
@@ -542,7 +543,7 @@ def test_a_job_s_own_error_is_not_taken_for_the_folder_s(
     def job(cfg: Any) -> None:
         raise PermissionError("of the job")
 
-    with pytest.raises(ValueError, match="a bug"), launch._writable("x"):
+    with pytest.raises(ValueError, match="a bug"), check_writable("x"):
         raise ValueError("a bug")
     monkeypatch.setattr(sys, "argv", ["evaluate", f"hydra.run.dir={tmp_path}"])
     ended = SimpleNamespace(return_value=None)
