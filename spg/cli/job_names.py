@@ -32,7 +32,7 @@ def swept_values(cfg: DictConfig) -> dict[str, Any]:
 def job_name(overrides: Sequence[str]) -> str:
     """Return the name of the directory of a job with these overrides.
 
-    It is made of the swept keys and values, as `estimator-elbo_seed-1`. A command line takes it without quotes.
+    It is made of the swept keys and values, as `estimator-elbo_seed-1`. It needs no quotes.
     """
     given = dict(line.lstrip("+").partition("=")[::2] for line in overrides)
     parts = []

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from omegaconf import DictConfig
 
 from spg import __version__
-from spg.config import shipped
+from spg.config import shipped_option
 from spg.runs.provenance import git_commit
 from spg.runs.status import read_status
 
@@ -81,7 +81,7 @@ To evaluate it, with `task=...`:
     def loading_commands(self) -> list[str]:
         """Return commands that load the folder, to be used with a task."""
         model = self.trained.model
-        option = shipped("model", model)
+        option = shipped_option("model", model)
         choice = "model=..." if option is None else f"model={option[0]}"
         path = model.get("path")
         if not self.whole:
@@ -130,7 +130,10 @@ def measured(run: Path, source: Path) -> str:
         f"| {name.replace('_', ' ')} | {cell(f'{name}.before')} | {cell(f'{name}.{moment}')} |"
         for name in names
     ]
-    heading = f"Greedy decoding of the test half, n = {summary['n']}, with 95% bootstrap intervals:"
+    # runs before version 0.6 have bootstrap intervals, and do not name the method
+    methods = {summary.get(f"{name}.{moment}.interval_method", "bootstrap") for name in names}
+    words = f"with 95% intervals ({', '.join(sorted(methods))}):"
+    heading = f"Greedy decoding of the test half, n = {summary['n']}, {words}"
     return _lines([heading, "", "| measure | before | after |", "| --- | --- | --- |", *rows])
 
 

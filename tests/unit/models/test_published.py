@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spg import config
-from spg.cli import evaluate
 from spg.cli.train import resume, start
 from spg.config import ConfigError
 from spg.core.errors import InputError
 from spg.core.hub import PATIENCE, hub_answers
+from spg.evaluation.settings import merge_settings
 from spg.models import hub, weights
 from spg.models.base_weights import fingerprint_settings
 from spg.models.factory import build_policy
@@ -547,7 +547,7 @@ def test_runs_of_the_version_before_get_what_was_fixed_then(tmp_path: Path) -> N
     old.trainer.precision = "bf16-mixed"
     runs.write_config(old, tmp_path)
     assert runs.read_updated_config(str(tmp_path)).model.precision == "bf16-mixed"
-    option = config.shipped("model", config.compose("config", ["model=llada_toy"]).model)
+    option = config.shipped_option("model", config.compose("config", ["model=llada_toy"]).model)
     assert option is not None
     assert option[0] == "llada_toy"
 
@@ -587,7 +587,7 @@ def test_a_run_s_model_may_lie_elsewhere_by_now(folder: Path, tmp_path: Path) ->
     folder.rename(moved)
     try:
         lines = [f"run={tmp_path / 'run'}", f"model.path={moved}"]
-        settled = evaluate.settings(config.compose("evaluate", lines), lines)
+        settled = merge_settings(config.compose("evaluate", lines), lines)
         assert settled.model.path == settled.model.tokenizer.path == str(moved)
         policy = build_policy(settled)
         assert policy.tokenizer.decode(policy.encode("1+1")) == "1+1"
