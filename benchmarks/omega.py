@@ -22,7 +22,7 @@ from spg import config
 from spg.algorithms.estimators import Mixture, optimum, variance
 from spg.algorithms.objectives.spg import SPG
 from spg.core.seeding import derive_seed
-from spg.core.types import Experience
+from spg.core.types import Experience, UpdateBatch
 from spg.models.weights import read_checkpoint
 from spg.rollout.collect import collect
 from spg.training.assembly import build_module
@@ -44,7 +44,7 @@ def measure(num_mc: int, repeats: int, checkpoint: Path | None, seed: int) -> di
     cfg = config.compose("config", ["omega=auto", f"num_mc={num_mc}", "trainer.threads=1", f"seed={seed}"])
     module = build_module(cfg)
     if checkpoint is not None:
-        module.fill(read_checkpoint(checkpoint)["state_dict"])
+        module.weights.load(read_checkpoint(checkpoint)["state_dict"])
     module.policy.train()
     experience = rollout_of(module, seed)
     objective = module.objective
@@ -61,8 +61,9 @@ def measure(num_mc: int, repeats: int, checkpoint: Path | None, seed: int) -> di
     for number in range(repeats):
         samples = module.masking(experience.rollout, module.policy.mask_id, derive_seed(seed, number))
         logps = torch.zeros(samples.scored.shape)
-        for piece in module.pieces_of(experience, samples):
-            logps = logps.index_put(piece, module._token_logps(experience, samples, piece))
+        batch = UpdateBatch.of(experience, samples)
+        for piece in module.gradient.pieces(batch):
+            logps = logps.index_put(piece, module.gradient.token_logps(batch, piece))
         both = []
         for bound in (mixture.lower, mixture.upper):
             value = (weight * bound(logps, samples).sum(-1)).sum()

@@ -53,13 +53,14 @@ from spg.algorithms.advantages import GroupMean
 from spg.algorithms.estimators import ELBO, Mixture, Sandwich
 from spg.algorithms.masking import BlockRandom
 from spg.algorithms.objectives.spg import SPG
+from spg.config.settings import Optimization
 from spg.core.errors import RunError
 from spg.core.types import Experience, MaskedSamples
 from spg.models.policy import Policy
 from spg.rollout.decoder import Decoder
 from spg.rollout.prompt_order import PromptStream
 from spg.tasks.sudoku import Sudoku
-from spg.training.module import Optimization, Training
+from spg.training.module import Training
 
 BOTH = ("plain", "ours")
 Peak = dict[str, float | str | None]
@@ -91,7 +92,6 @@ class Bench:
             max_updates=1,
             seed=given.seed,
         )
-        self.training.manual_backward = _backward
 
     def samples(self, draws: int, seed: int) -> MaskedSamples:
         """Mask the completions `draws` times."""
@@ -108,8 +108,7 @@ class Bench:
         """Take the gradient as training does, in micro-batches where a size is given; return the loss."""
         self.policy.zero_grad()
         self.training.micro_batch_size = micro_batch
-        loss, _ = self.training.backward_through(self.experience, samples)
-        return loss
+        return self.training.gradient.add(self.training.batch(self.experience, samples)).loss
 
     def gradient(self) -> Tensor:
         """Return the gradients of all that is trained, in one vector [P]."""
@@ -121,10 +120,6 @@ class Bench:
         pieces = partial(self.ours, micro_batch=self.given.group)
         more = {f"ours, m={m}, in pieces": (m, pieces) for m in self.given.more_draws}
         return {"plain": (self.given.draws, self.plain), "ours": (self.given.draws, self.ours), **more}
-
-
-def _backward(loss: Tensor, *_: Any, **__: Any) -> None:
-    loss.backward()  # type: ignore[no-untyped-call]
 
 
 def experience_of(policy: Policy, given: argparse.Namespace) -> Experience:

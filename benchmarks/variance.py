@@ -26,6 +26,7 @@ from benchmarks.common import machine, numbers, run, versions, write
 from spg import config
 from spg.algorithms.estimators import ELBO, EUBO, Mixture
 from spg.algorithms.masking import BlockRandom
+from spg.algorithms.masking.blockwise import Draws
 from spg.core.seeding import Streams, derive_seed
 from spg.core.types import MaskedSamples, Rollout
 from spg.rollout.collect import collect
@@ -48,7 +49,7 @@ class AllStrata(BlockRandom):
         return super()._shares(torch.zeros_like(picked), streams)
 
 
-WAYS: dict[str, tuple[type[BlockRandom], str]] = {
+WAYS: dict[str, tuple[type[BlockRandom], Draws]] = {
     "independent": (BlockRandom, "independent"),
     "antithetic": (BlockRandom, "antithetic"),
     "antithetic, one block a pair": (SharedBlock, "antithetic"),

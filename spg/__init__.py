@@ -1,3 +1,3 @@
 """Sandwiched Policy Gradient (SPG) for masked diffusion language models."""
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"

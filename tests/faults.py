@@ -56,20 +56,36 @@ def reward_is_nan(call: str, patch: Patch = setattr) -> None:
     patch(Sudoku, "reward", reward)
 
 
-def loss_is_inf(update: str, patch: Patch = setattr) -> None:
-    """Make the third sequence's log-probabilities infinite in update number `update`, from 1."""
+def _change_logps(update: str, patch: Patch, change: Callable[..., torch.Tensor]) -> None:
+    """Let `change` have the log-probabilities, sequence numbers and scored positions of an update, from 1."""
     from spg.training.module import Training
+    from spg.training.update import ExactGradient
 
-    original = Training._token_logps
+    modules: list[Training] = []
+    begin, compute = Training.__init__, ExactGradient.token_logps
 
-    def token_logps(self: Any, experience: Any, samples: Any, piece: Any) -> torch.Tensor:
-        logps = original(self, experience, samples, piece)
-        if self.updates + 1 == int(update):
-            index = experience.rollout.index[piece[0]]
-            logps = torch.where((index == 2).unsqueeze(-1) & samples.scored[piece], logps - torch.inf, logps)
+    def init(self: Any, *rest: Any, **more: Any) -> None:
+        begin(self, *rest, **more)
+        modules.append(self)
+
+    def token_logps(self: Any, batch: Any, piece: Any) -> torch.Tensor:
+        logps = compute(self, batch, piece)
+        if modules[-1].updates + 1 == int(update):
+            index = batch.experience.rollout.index[piece[0]]
+            logps = change(logps, index, batch.samples.scored[piece])
         return logps
 
-    patch(Training, "_token_logps", token_logps)
+    patch(Training, "__init__", init)
+    patch(ExactGradient, "token_logps", token_logps)
+
+
+def loss_is_inf(update: str, patch: Patch = setattr) -> None:
+    """Make the third sequence's log-probabilities infinite in update number `update`, from 1."""
+
+    def change(logps: torch.Tensor, index: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+        return torch.where((index == 2).unsqueeze(-1) & scored, logps - torch.inf, logps)
+
+    _change_logps(update, patch, change)
 
 
 class _Sick(torch.autograd.Function):
@@ -86,18 +102,12 @@ class _Sick(torch.autograd.Function):
 
 def gradient_is_nan(update: str, patch: Patch = setattr) -> None:
     """Make the gradient through the sixth sequence NaN, its loss being finite, in update `update`."""
-    from spg.training.module import Training
 
-    original = Training._token_logps
+    def change(logps: torch.Tensor, index: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+        rows = (index == 5).nonzero().flatten()
+        return logps.index_put((rows,), _Sick.apply(logps[rows]))
 
-    def token_logps(self: Any, experience: Any, samples: Any, piece: Any) -> torch.Tensor:
-        logps = original(self, experience, samples, piece)
-        if self.updates + 1 == int(update):
-            sick = (experience.rollout.index[piece[0]] == 5).nonzero().flatten()
-            logps = logps.index_put((sick,), _Sick.apply(logps[sick]))
-        return logps
-
-    patch(Training, "_token_logps", token_logps)
+    _change_logps(update, patch, change)
 
 
 def interrupted(update: str, patch: Patch = setattr) -> None:

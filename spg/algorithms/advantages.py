@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from spg.core.limits import check_limits
+from spg.core.rules import Positive, checked
 
 
 class Advantage(Protocol):
@@ -47,8 +47,8 @@ class LeaveOneOut:
 class Normalized:
     """Reward minus the group's mean, divided by its standard deviation plus `eps` (GRPO)."""
 
-    def __init__(self, eps: float = 1e-4) -> None:
-        check_limits(eps=eps)
+    @checked
+    def __init__(self, eps: Positive = 1e-4) -> None:
         self.eps = eps
 
     def __call__(self, rewards: Tensor) -> Tensor:

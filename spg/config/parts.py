@@ -119,7 +119,8 @@ def _lineage(found: source.Found) -> Iterator[source.Found]:
     for base in found.node.bases:
         named = base.value if isinstance(base, ast.Subscript) else base
         try:
-            if source.dotted_name(found.module, named).partition(".")[0] in sys.stdlib_module_names:
+            home, _, name = source.dotted_name(found.module, named).partition(".")
+            if home in sys.stdlib_module_names and (home != "builtins" or hasattr(builtins, name)):
                 continue
             yield from _lineage(source.resolve(found.module, named))
         except (source.UnknownError, source.AbsentError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,6 +31,41 @@ def bootstrap(values: np.ndarray, resamples: int) -> tuple[float, float]:
     index = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     low, high = np.quantile(values[index].mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The mean of a measure over examples and its 95% interval.
+
+    Attributes:
+        mean: Mean over examples of the means over their samples.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        method: How the interval was computed: `wilson` or `bootstrap over examples`.
+    """
+
+    mean: float
+    low: float
+    high: float
+    method: str
+
+
+def interval_of_mean(values: Sequence[Sequence[float]], resamples: int = 2000) -> Interval:
+    """Return the mean of a measure and its 95% interval: the one rule of training and evaluation.
+
+    With one sample an example and values of 0 and 1 alone the interval is Wilson's. Otherwise it is a
+    percentile bootstrap over examples. That has no width if all values are 0 or all are 1: then it is
+    Wilson's, too.
+
+    Args:
+        values: The values of each example's samples.
+        resamples: Number of resamples of the bootstrap.
+    """
+    means = np.array([sum(group) / len(group) for group in values])
+    one_each = all(len(group) == 1 and group[0] in (0, 1) for group in values)
+    counted = one_each or bool((means == 0).all()) or bool((means == 1).all())
+    low, high = wilson(int(means.sum()), len(means)) if counted else bootstrap(means, resamples)
+    return Interval(float(means.mean()), low, high, "wilson" if counted else "bootstrap over examples")
 
 
 def pass_at_k(right: int, n: int, k: int) -> float:

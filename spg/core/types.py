@@ -1,4 +1,4 @@
-"""The nouns that travel through one update: Rollout, Experience, MaskedSamples, Bounds.
+"""The nouns that travel through one update: Rollout, Experience, MaskedSamples, UpdateBatch, Bounds.
 
 Sizes: B sequences, M mask draws, P prompt length, T completion length, L = P + T.
 Prompts are padded on the left, completions on the right, so that column P is the first
@@ -29,7 +29,7 @@ def _rows(value: Any, index: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A record whose every field has one entry a sequence."""
+    """A record whose every field has one entry per sequence."""
 
     def select(self, index: Tensor) -> Self:
         """Return the sequences at `index` [N], in that order."""
@@ -38,20 +38,20 @@ class _Rows:
 
 @dataclass(frozen=True)
 class Prompts(_Rows):
-    """What the decoder starts from: tokenised prompts and, where a task has one, a template."""
+    """What the decoder starts from: tokenised prompts and, if the task has one, a template."""
 
     ids: Tensor  # [B P] left padded
     mask: Tensor  # [B P] True at real prompt tokens
-    template: Tensor  # [B T] given tokens in place; what stands in a hole is ignored
-    given: Tensor  # [B T] True where the completion's token is given
+    template: Tensor  # [B T] given tokens in place; tokens in holes are ignored
+    given: Tensor  # [B T] True if the template gives the completion's token
     group: Tensor  # [B] number of the prompt that the sequence belongs to, over all processes
     index: Tensor  # [B] number of the sequence, over all processes; its random draws derive from it
-    examples: tuple[Mapping[str, Any], ...]  # the task's items, one a sequence
+    examples: tuple[Mapping[str, Any], ...]  # the task's examples, one per sequence
 
 
 @dataclass(frozen=True)
 class Rollout(_Rows):
-    """Completions as the decoder left them, with all that later steps need to know of them."""
+    """Completions as the decoder left them, with all that later steps need to know about them."""
 
     prompt_ids: Tensor  # [B P] left padded
     prompt_mask: Tensor  # [B P] True at real prompt tokens
@@ -60,14 +60,16 @@ class Rollout(_Rows):
     given: Tensor  # [B T] template tokens: never masked, decoded or scored
     group: Tensor  # [B] number of the prompt that the sequence belongs to, over all processes
     index: Tensor  # [B] number of the sequence, over all processes; its random draws derive from it
-    commit_step: Tensor  # [B T] decoding step that fixed the token, -1 where none did
-    commit_logps: Tensor  # [B T] log-probability, at temperature 1, of the token in that step; 0 where none
-    near_ties: Tensor  # [B] greedy decisions that rounding could turn; 0 where they were not counted
+    commit_step: Tensor  # [B T] decoding step that fixed the token, -1 if none did
+    commit_logps: (
+        Tensor  # [B T] log-probability of the token in that step, in nats, at temperature 1; 0 if none
+    )
+    near_ties: Tensor  # [B] greedy decisions that rounding could change; 0 if they were not counted
     texts: tuple[str, ...]  # the completions, up to their EOS
-    examples: tuple[Mapping[str, Any], ...]  # the task's items, one a sequence
+    examples: tuple[Mapping[str, Any], ...]  # the task's examples, one per sequence
 
     @classmethod
-    def written(
+    def of_completions(
         cls,
         prompts: Prompts,
         completion_ids: Tensor,
@@ -98,7 +100,7 @@ class Rollout(_Rows):
 
     @property
     def attention_mask(self) -> Tensor:
-        """True at what the policy sees: all but the prompt's padding [B L]."""
+        """True at the positions that the policy sees, all but the prompt's padding [B L]."""
         return torch.cat([self.prompt_mask, torch.ones_like(self.given)], dim=-1)
 
     @property
@@ -106,61 +108,28 @@ class Rollout(_Rows):
         """Number of holes up to and including the first EOS [B]."""
         return self.holes.sum(-1)
 
-    def seen_at(self, step: Tensor, mask_id: int) -> Tensor:
-        """Return the sequences as the policy saw them in decoding steps `step` [B M] of each, [B M L]."""
+    def inputs_at(self, step: Tensor, mask_id: int) -> Tensor:
+        """Return the policy's inputs [B M L] in decoding steps `step` [B M] of the sequences."""
         commit = self.commit_step.unsqueeze(1)
         hidden = ~self.given.unsqueeze(1) & ((commit < 0) | (commit >= step.unsqueeze(-1)))
         completion = self.completion_ids.unsqueeze(1).masked_fill(hidden, mask_id)
         prompt = self.prompt_ids.unsqueeze(1).expand(-1, step.shape[1], -1)
         return torch.cat([prompt, completion], dim=-1)
 
-    def until(self, length: int) -> Self:
-        """Return the rollout with completions cut to their first `length` positions."""
+    def truncate(self, length: int) -> Self:
+        """Return the rollout with the first `length` positions of its completions."""
         names = ("completion_ids", "completion_mask", "given", "commit_step", "commit_logps")
         return replace(self, **{name: getattr(self, name)[:, :length] for name in names})
 
 
 @dataclass(frozen=True)
 class Experience(_Rows):
-    """Scored rollouts: what the update learns from."""
+    """A rollout with its rewards and advantages."""
 
     rollout: Rollout
     rewards: Tensor  # [B]
     reward_parts: Mapping[str, Tensor]  # {name: [B]}
     advantages: Tensor  # [B]
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """All N sequences of an update, over all processes: what normalisers count."""
-
-    group: Tensor  # [N] number of the prompt that a sequence belongs to
-    advantages: Tensor  # [N]
-    lengths: Tensor  # [N] positions that may be scored
-    scored: Tensor  # [N] positions that are scored, over all draws
-    draws: Tensor  # [N] draws that score a position
-    own: slice  # the B of them that this process computes
-
-    @classmethod
-    def of(
-        cls,
-        experience: Experience,
-        samples: MaskedSamples,
-        world: World | None = None,
-    ) -> Cohort:
-        """Return the cohort of this process's B sequences; every process of `world` has as many."""
-        world = world or World()
-        counts = [
-            experience.rollout.group,
-            samples.lengths,
-            samples.scored.sum((1, 2)),
-            samples.scored.any(-1).sum(-1),
-        ]
-        group, lengths, scored, draws = world.gather(torch.stack(counts, 1)).unbind(1)
-        advantages = world.gather(experience.advantages)
-        first = world.rank * len(experience.advantages)
-        own = slice(first, first + len(experience.advantages))
-        return cls(group, advantages, lengths, scored, draws, own)
 
 
 @dataclass(frozen=True)
@@ -177,8 +146,8 @@ class MaskedSamples(_Rows):
         """Number of positions in the region [B]."""
         return self.region.sum(-1)
 
-    def until(self, length: int) -> Self:
-        """Return the samples with completions cut to their first `length` positions."""
+    def truncate(self, length: int) -> Self:
+        """Return the samples with the first `length` positions of their completions."""
         beyond = self.region.shape[-1] - length
         return replace(
             self,
@@ -187,6 +156,69 @@ class MaskedSamples(_Rows):
             weight=self.weight[..., :length],
             region=self.region[..., :length],
         )
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """All N sequences of an update, those of all processes: what normalisers count."""
+
+    group: Tensor  # [N] number of the prompt that a sequence belongs to
+    advantages: Tensor  # [N]
+    lengths: Tensor  # [N] positions that may be scored
+    scored: Tensor  # [N] positions that are scored, over all draws
+    draws: Tensor  # [N] draws that score a position
+    own: slice  # the B of them that this process computes
+
+    @classmethod
+    def of(cls, experience: Experience, samples: MaskedSamples, world: World | None = None) -> Cohort:
+        """Return the cohort of this process's B sequences; every process of `world` has as many."""
+        world = world or World()
+        counts = [
+            experience.rollout.group,
+            samples.lengths,
+            samples.scored.sum((1, 2)),
+            samples.scored.any(-1).sum(-1),
+        ]
+        group, lengths, scored, draws = world.gather(torch.stack(counts, 1)).unbind(1)
+        advantages = world.gather(experience.advantages)
+        first = world.rank * len(experience.advantages)
+        own = slice(first, first + len(experience.advantages))
+        return cls(group, advantages, lengths, scored, draws, own)
+
+
+@dataclass(frozen=True)
+class UpdateBatch:
+    """What an optimizer step learns from: B sequences of this process under M masks each.
+
+    Objectives get it beside the policy's log-probabilities [B M T]. `old` and `reference` are
+    log-probabilities of other policies under the same masks, present if the objective needs them.
+    """
+
+    experience: Experience
+    samples: MaskedSamples
+    cohort: Cohort
+    old: Tensor | None = None  # [B M T] of the policy that made the rollout; None if it is still that policy
+    reference: Tensor | None = None  # [B M T] of the model before training
+
+    @classmethod
+    def of(
+        cls,
+        experience: Experience,
+        samples: MaskedSamples,
+        *,
+        old: Tensor | None = None,
+        reference: Tensor | None = None,
+        world: World | None = None,
+    ) -> UpdateBatch:
+        """Return the batch of this process's sequences, with the cohort of all processes of `world`."""
+        return cls(experience, samples, Cohort.of(experience, samples, world), old, reference)
+
+    def select(self, index: Tensor) -> UpdateBatch:
+        """Return the sequences at `index` [N], in that order, as a batch of one process by themselves."""
+        old = None if self.old is None else self.old[index]
+        reference = None if self.reference is None else self.reference[index]
+        experience, samples = self.experience.select(index), self.samples.select(index)
+        return UpdateBatch.of(experience, samples, old=old, reference=reference)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Scoring completions of held-out examples."""
+"""Evaluation: completions of held-out examples, their measures, and how sure these are."""

@@ -4,66 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from spg.core.errors import InputError
-from spg.core.examples import Example
+from spg.evaluation.evaluator import Completion, Item, Result
 from spg.tasks.base import Task
 
 Line = dict[str, Any]
 Key = tuple[str, int, int]
 
-# under which of these a line has its completion: ours, then the authors' two
-TEXTS = ("completion", "generation", "generations")
-# what our lines tell of how a completion was made, None where it is not known
-MADE = ("tokens", "decoded", "steps", "near_ties")
-
-
-@dataclass(frozen=True)
-class Item:
-    """Sample number `sample` of example number `index`; `saved` is what a file of generations has of it."""
-
-    index: int
-    sample: int
-    example: Example
-    saved: Line = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is scored under one name: items, and what completes a batch of them.
-
-    ready: called once before the first batch. complete: returns, for each item, its prompt, its completion
-    and the entries MADE.
-    """
-
-    name: str
-    items: Sequence[Item]
-    complete: Callable[[Sequence[Item]], list[Line]]
-    ready: Callable[[], None] = lambda: None
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where completions come from: subjects, what results.json says of them, what they are made with."""
-
-    subjects: Sequence[Subject]
-    settings: dict[str, Any]
-    made_with: dict[str, Any]
-    device: str | None = None
-    precision: str | None = None
-    split: str = "as in the file"
-    shots: int | None = None
+# where a line has its completion: in our own files, then in those of the authors' two programs
+TEXT_KEYS = ("completion", "generation", "generations")
+# what our own lines say of how a completion was made, null if it is not known
+DECODING_KEYS = ("tokens", "decoded", "steps", "near_ties")
 
 
 class Generations:
-    """The file generations.jsonl of an evaluation: lines that are whole, by (model, index, sample).
+    """The file generations.jsonl of an evaluation: its whole lines, by (model, index, sample).
 
-    What an interruption left of a line at the end is cut off. Raises InputError where a line before the end
-    can't be read.
+    What an interruption left of a line at the end is cut off.
+
+    Args:
+        path: The file; it need not exist yet.
+
+    Raises:
+        InputError: if a line before the end can't be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,11 +44,11 @@ class Generations:
             with path.open("r+b") as file:
                 file.truncate(whole)
         for number, text in enumerate(content[:whole].splitlines(), start=1):
-            line = _parsed(text.decode("utf-8", errors="replace"), f"{path}, line {number}")
+            line = _parse(text.decode("utf-8", errors="replace"), f"{path}, line {number}")
             self.lines[line["model"], line["index"], line["sample"]] = line
 
     def add(self, lines: Sequence[Line]) -> None:
-        """Append lines, on disk when this returns."""
+        """Append lines; they are on disk when this returns."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         # half a surrogate pair has no UTF-8; written with a backslash it is JSON for the same text
         content = text.encode("utf-8", errors="backslashreplace")
@@ -91,44 +58,55 @@ class Generations:
             os.fsync(file.fileno())
         self.lines |= {(line["model"], line["index"], line["sample"]): line for line in lines}
 
-    def of(self, model: str) -> list[Line]:
+    def has(self, model: str, item: Item) -> bool:
+        """Return whether the file holds a model's completion of an item."""
+        return (model, item.index, item.sample) in self.lines
+
+    def of_model(self, model: str) -> list[Line]:
         """Return a model's lines, ordered by example and sample, whatever their order in the file."""
         return [self.lines[key] for key in sorted(self.lines) if key[0] == model]
 
 
-def line_of(model: str, item: Item, made: Line, answer: str | None, measures: Mapping[str, float]) -> Line:
-    """Return the line of one scored completion; `made` has its prompt, its text and the entries MADE."""
-    accuracy = measures["accuracy"]
+def make_line(model: str, result: Result, answer: str | None) -> Line:
+    """Return the line of a model's result.
+
+    Args:
+        model: Name of the model.
+        result: The measured completion.
+        answer: The answer that the task reads in the completion.
+    """
+    accuracy = result.measures["accuracy"]
     return {
         "model": model,
-        "index": item.index,
-        "sample": item.sample,
-        "prompt": made["prompt"],
-        "completion": made["completion"],
+        "index": result.item.index,
+        "sample": result.item.sample,
+        "prompt": result.completion.prompt,
+        "completion": result.completion.text,
         "answer": answer,
         "correct": bool(accuracy) if accuracy in (0, 1) else accuracy,
-        "measures": dict(measures),
-        **{key: made[key] for key in MADE},
-        "example": dict(item.example),
+        "measures": dict(result.measures),
+        **{key: getattr(result.completion, key) for key in DECODING_KEYS},
+        "example": dict(result.item.example),
     }
 
 
-def read_saved(path: Path, task: Task) -> dict[str, list[Item]]:
-    """Return the saved completions of a jsonl file, {model: items}.
+def read_generations(path: Path, task: Task) -> dict[str, list[tuple[Item, Completion]]]:
+    """Return the completions of a jsonl file by model, in the order of examples and samples.
 
-    Our own lines have completion, example, model, index and sample; the authors' have question, ground_truth
-    and a text, or a list of samples, under generation or generations: an example each, one model, named as
-    the file. Raises InputError, naming file and line, where something is missing.
+    Our own lines have completion, example, model, index and sample. The authors' lines have question,
+    ground_truth and a text, or a list of samples, under generation or generations: each line is one example,
+    and there is one model, named as the file.
+
+    Args:
+        path: The file.
+        task: Reads the example of a line.
+
+    Raises:
+        InputError: if something is missing; the message names file and line.
     """
-    models: dict[str, dict[tuple[int, int], Item]] = {}
-    for number, (where, line) in enumerate(_lines(path)):
-        key = next((key for key in TEXTS if key in line), None)
-        texts = line[key] if key is not None and isinstance(line[key], list) else [line.get(key or "")]
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise InputError(
-                f"{where}: no completion's text; expected it under one of {', '.join(TEXTS)}, the line has "
-                f"{', '.join(line)}"
-            )
+    models: dict[str, dict[tuple[int, int], tuple[Item, Completion]]] = {}
+    for number, (where, line) in enumerate(_read_lines(path)):
+        texts = _texts(line, where)
         if not isinstance(line.get("example", {}), dict):
             given = json.dumps(line["example"])[:80]
             raise InputError(f"{where}: `example` is {given}; expected an object, as our own lines have it")
@@ -141,21 +119,33 @@ def read_saved(path: Path, task: Task) -> dict[str, list[Item]]:
             try:
                 index, first, model = int(line["index"]), int(line["sample"]), str(line["model"])
             except (KeyError, TypeError, ValueError) as error:
-                raise InputError(f"{where}: beside sample, our own lines have index and model") from error
-        items = models.setdefault(model, {})
+                raise InputError(
+                    f"{where}: the line has sample; then it needs index and model as well"
+                ) from error
+        found = models.setdefault(model, {})
+        prompt = line.get("prompt", line.get("question"))
         for sample, text in enumerate(texts, start=first):
-            if (index, sample) in items:
+            if (index, sample) in found:
                 raise InputError(f"{where}: sample {sample} of example {index} of {model} is there already")
-            made = {"prompt": line.get("prompt", line.get("question")), "completion": text}
-            items[index, sample] = Item(
-                index, sample, example, made | {name: line.get(name) for name in MADE}
-            )
+            completion = Completion(prompt, text, *(line.get(key) for key in DECODING_KEYS))
+            found[index, sample] = Item(index, sample, example), completion
     if not models:
         raise InputError(f"generations={path} has no lines")
-    return {model: [items[key] for key in sorted(items)] for model, items in models.items()}
+    return {model: [found[key] for key in sorted(found)] for model, found in models.items()}
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Line]]:
+def _texts(line: Line, where: str) -> list[str]:
+    key = next((key for key in TEXT_KEYS if key in line), "")
+    texts: list[Any] = line[key] if isinstance(line.get(key), list) else [line.get(key)]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError(
+            f"{where}: no completion's text; expected it under one of {', '.join(TEXT_KEYS)}, the line has "
+            f"{', '.join(line)}"
+        )
+    return texts
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, Line]]:
     """Yield the place and the content of each line that is not empty."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -166,14 +156,14 @@ def _lines(path: Path) -> Iterator[tuple[str, Line]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield where, _parsed(line, where)
+            yield where, _parse(line, where)
 
 
-def _parsed(text: str, where: str) -> Line:
+def _parse(text: str, where: str) -> Line:
     try:
         line = json.loads(text)
     except ValueError as error:
-        raise InputError(f"{where} is no JSON ({error}); expected an object a line") from error
+        raise InputError(f"{where} is not JSON ({error}); expected one object a line") from error
     if not isinstance(line, dict):
-        raise InputError(f"{where} is no object; expected an object a line")
+        raise InputError(f"{where} is not an object; expected one object a line")
     return line

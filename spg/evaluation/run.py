@@ -1,6 +1,6 @@
-"""One evaluation from its configuration to results.json, of models or of saved completions.
+"""One evaluation, from its settings to results.json.
 
-generations.jsonl grows by a batch at a time, and what it holds is not done again.
+generations.jsonl grows by one batch at a time, and what it holds is not done again.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from spg.core.errors import InputError
 from spg.core.files import write_json
 from spg.core.progress import Progress
 from spg.core.statistics import wilson
-from spg.evaluation import sources
-from spg.evaluation.generations import Generations, Item, Line, Source, Subject, line_of, read_saved
-from spg.evaluation.results import chosen, chosen_on, figures, percent, show
+from spg.evaluation.candidates import Candidate, Candidates, saved_candidates
+from spg.evaluation.evaluator import Evaluator
+from spg.evaluation.generations import Generations, make_line
+from spg.evaluation.metrics import summarize
+from spg.evaluation.selection import describe_selection, select
+from spg.evaluation.tables import percent, show_results
 from spg.models.base_weights import existing
 from spg.runs.provenance import git_commit, versions
 from spg.runs.status import read_status, write_status
@@ -30,109 +33,99 @@ from spg.tasks.scoring import score_all
 log = logging.getLogger(__name__)
 
 
-def evaluate(
+def run_evaluation(
     cfg: DictConfig, folder: Path, find_base: Callable[[DictConfig], Path] = existing
 ) -> dict[str, Any]:
-    """Complete and score what generations.jsonl does not hold yet, show the table and write results.json.
+    """Score what generations.jsonl does not hold yet, show the table and write results.json.
 
-    find_base: returns the file of base weights for a configuration. Returns what results.json holds.
-    Raises ConfigError where the folder's lines were made with another model.
+    Args:
+        cfg: Settings of the evaluation.
+        folder: Its directory.
+        find_base: Returns the file of base weights for a configuration.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        ConfigError: if lines in the folder were made with another model.
+        InputError: if there is nothing to score.
     """
     take_over_logging()
     log.info("Evaluation: %s", folder)
     task: Task = build(cfg.task)
-    if cfg.generations is not None:
-        source = saved(cfg, task)
-    else:
-        examples = task.examples(cfg.split)  # where there are none, no model need be built
-        if not examples:
-            raise InputError(f"{task.name} has no examples of split={cfg.split}; give more rows")
-        from spg.evaluation.candidates import models
-
-        source = models(cfg, task, examples, find_base)
+    found = _find_candidates(cfg, task, find_base)
     file = Generations(folder / "generations.jsonl")
-    _same_source(source.made_with, folder, bool(file.lines))
-    for subject in source.subjects:
-        work_through(subject, file, task, cfg.eval_batch_size)
-    results = {subject.name: figures(file.of(subject.name)) for subject in source.subjects}
+    _note_source(found.made_with, folder, bool(file.lines))
+    for candidate in found.candidates:
+        score_candidate(candidate, file, task, cfg.eval_batch_size)
+    results = {candidate.name: summarize(file.of_model(candidate.name)) for candidate in found.candidates}
     record = {
         "task": task.name,
-        "split": source.split,
-        "shots": source.shots,
+        "split": found.split,
+        "shots": found.shots,
         "parser": task.parser,
-        "n": max(found["n"] for found in results.values()),
-        "device": source.device,
-        "precision": source.precision,
+        "n": max(figures["n"] for figures in results.values()),
+        "device": found.device,
+        "precision": found.precision,
         "results": results,
-        "selection": _selection(cfg, {model: found["accuracy"] for model, found in results.items()}),
-        "settings": source.settings,
+        "selection": _selection(cfg, {model: figures["accuracy"] for model, figures in results.items()}),
+        "settings": found.settings,
         "git_commit": git_commit(),
         "versions": versions(),
     }
     write_json(folder / "results.json", record)
-    show(record)
+    show_results(record)
     log.info("Written: %s (results.json, generations.jsonl)", folder)
     return record
 
 
-def saved(cfg: DictConfig, task: Task) -> Source:
-    """Return the completions of the file `cfg.generations`; raises InputError where it can't be used."""
-    path = Path(cfg.generations)
-
-    def as_they_are(batch: Sequence[Item]) -> list[Line]:
-        return [item.saved for item in batch]
-
-    settings = dict.fromkeys(sources.DECODING) | {"generations": str(cfg.generations), "run": None}
-    return Source(
-        [Subject(name, items, as_they_are) for name, items in read_saved(path, task).items()],
-        settings | {"eval_batch_size": cfg.eval_batch_size},
-        sources.fingerprints(cfg),
-    )
-
-
-def work_through(subject: Subject, file: Generations, task: Task, batch_size: int) -> None:
-    """Complete and score a subject's items in batches, each appended to `file` when it is done.
-
-    A batch of which some lines are there already is completed as a whole, since the items beside an item may
-    change the last digits; only the missing lines are scored and added.
-    """
-    batches = [subject.items[at : at + batch_size] for at in range(0, len(subject.items), batch_size)]
-    missing = [
-        [item for item in batch if (subject.name, item.index, item.sample) not in file.lines]
-        for batch in batches
-    ]
-    left = sum(map(len, missing))
-    if not left:
+def score_candidate(candidate: Candidate, file: Generations, task: Task, batch_size: int) -> None:
+    """Complete and measure a candidate's items in batches; append each batch to `file` when it is done."""
+    if all(file.has(candidate.name, item) for item in candidate.items):
         return
-    subject.ready()
-    accuracies = [line["measures"]["accuracy"] for line in file.of(subject.name)]
-    with Progress(subject.name, total=len(subject.items), completed=len(accuracies)) as progress:
-        for batch, wanted in zip(batches, missing, strict=True):
-            if not wanted:
-                continue
-            made = dict(zip(map(id, batch), subject.complete(batch), strict=True))
-            examples = [item.example for item in wanted]
-            texts = [made[id(item)]["completion"] for item in wanted]
+    candidate.load()
+    evaluator = Evaluator(candidate.complete, task, batch_size)
+    accuracies = [line["measures"]["accuracy"] for line in file.of_model(candidate.name)]
+    with Progress(candidate.name, total=len(candidate.items), completed=len(accuracies)) as progress:
+        for results in evaluator.batches(
+            candidate.items, wanted=lambda item: not file.has(candidate.name, item)
+        ):
+            examples = [result.item.example for result in results]
+            texts = [result.completion.text for result in results]
             answers = score_all(task.answer, examples, texts, task.workers)
-            measures = score_all(task.measure, examples, texts, task.workers)
             file.add(
                 [
-                    line_of(subject.name, item, made[id(item)], answer, measured)
-                    for item, answer, measured in zip(wanted, answers, measures, strict=True)
+                    make_line(candidate.name, result, answer)
+                    for result, answer in zip(results, answers, strict=True)
                 ]
             )
-            accuracies += [measured["accuracy"] for measured in measures]
-            progress.update(len(accuracies), _accuracy_in_words(accuracies))
+            accuracies += [result.measures["accuracy"] for result in results]
+            progress.update(len(accuracies), _describe_accuracy(accuracies))
 
 
-def _accuracy_in_words(accuracies: Sequence[float]) -> str:
+def _find_candidates(cfg: DictConfig, task: Task, find_base: Callable[[DictConfig], Path]) -> Candidates:
+    if cfg.generations is not None:
+        return saved_candidates(cfg, task)
+    examples = task.examples(cfg.split)
+    if not examples:  # then no model need be built
+        raise InputError(f"{task.name} has no examples of split={cfg.split}; give more rows")
+    from spg.evaluation.checkpoints import model_candidates  # torch takes seconds
+
+    return model_candidates(cfg, task, examples, find_base)
+
+
+def _describe_accuracy(accuracies: Sequence[float]) -> str:
     n = len(accuracies)
     low, high = wilson(round(sum(accuracies)), n)
     return f"accuracy {percent(sum(accuracies) / n)} ± {100 * (high - low) / 2:.1f}"
 
 
-def _same_source(made_with: dict[str, Any], folder: Path, begun: bool) -> None:
-    """Note what the folder's lines are made with; raises ConfigError where some were made with another."""
+def _note_source(made_with: dict[str, Any], folder: Path, begun: bool) -> None:
+    """Write to the folder's status what its lines are made with.
+
+    Raises:
+        ConfigError: if some lines were made with something else.
+    """
     before = read_status(folder).get("made_with", made_with) if begun else made_with
     for key in sorted(before.keys() | made_with.keys()):
         if before.get(key) != made_with.get(key):
@@ -144,8 +137,11 @@ def _same_source(made_with: dict[str, Any], folder: Path, begun: bool) -> None:
 
 
 def _selection(cfg: DictConfig, accuracies: dict[str, float]) -> dict[str, Any] | None:
-    """Return how a run's checkpoint is chosen and which it is, None where there is no run."""
+    """Return the rule, the checkpoint that it chooses and what it chose on; None if there is no run."""
     if cfg.run is None:
         return None
-    how = chosen_on(cfg.select, cfg.split)
-    return {"rule": cfg.select, "chosen": chosen(cfg.select, accuracies), "chosen_on": how}
+    return {
+        "rule": cfg.select,
+        "chosen": select(cfg.select, accuracies),
+        "chosen_on": describe_selection(cfg.select, cfg.split),
+    }

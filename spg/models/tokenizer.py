@@ -131,8 +131,8 @@ def pretrained(
                 )
             if token not in vocabulary:
                 raise InputError(
-                    f"{where}: model.tokenizer.{name}={token} is not among the {len(vocabulary)} tokens of its "
-                    "tokenizer; give one of them"
+                    f"{where}: model.tokenizer.{name}={token} is not one of the {len(vocabulary)} tokens of "
+                    "its tokenizer; give one of them"
                 )
             setattr(tokenizer, name, token)
     if chat and tokenizer.chat_template is None and {HEADER, HEADER_END, END_OF_TURN} <= vocabulary.keys():

@@ -93,8 +93,8 @@ def list_tensors(place: Path) -> dict[str, StoredTensor]:
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise ValueError(
-            f"{place}: {INDEX} names {_describe(missing, len(files))} files that are not there; get the folder's "
-            "files again, whole"
+            f"{place}: {INDEX} names {_describe(missing, len(files))} files that are not there; get the "
+            "files of the folder again, all of them"
         )
     found: dict[str, StoredTensor] = {}
     for path in files:
@@ -142,7 +142,7 @@ def load_published(
     """Load a network that was built on the meta device from a folder or a file.
 
     Each tensor becomes a parameter on `device` before the next one is read, so that the host needs little
-    memory beyond the weights. A parameter with several names stays one, and the file may have any of its names.
+    memory beyond the weights. A parameter with several names stays one; one name in the files is enough.
 
     Args:
         network: The network without storage.
@@ -166,7 +166,9 @@ def load_published(
             for names in groups:
                 given = _stored_name(names, found)
                 tensor = file.get_tensor(given)
-                _check_equal(tensor, given, [name for name in names if name in found and name != given], found)
+                _check_equal(
+                    tensor, given, [name for name in names if name in found and name != given], found
+                )
                 _assign(network, given, names, tensor, dtype, device, convert)
     return len(by_file)
 
@@ -176,14 +178,16 @@ def _stored_name(names: Sequence[str], found: Mapping[str, StoredTensor]) -> str
     return next(name for name in names if name in found)
 
 
-def _check_equal(tensor: Tensor, given: str, others: Sequence[str], found: Mapping[str, StoredTensor]) -> None:
+def _check_equal(
+    tensor: Tensor, given: str, others: Sequence[str], found: Mapping[str, StoredTensor]
+) -> None:
     """Raise ValueError if a tensor of the network is stored under `others`, too, with other values."""
     for name in others:
         with safe_open(found[name].file, framework="pt") as file:
             if not torch.equal(tensor, file.get_tensor(name)):
                 raise ValueError(
-                    f"{found[name].file}: {name} differs from {given}, but both are one tensor in this model; "
-                    "give model.network.config.tie_word_embeddings=false"
+                    f"{found[name].file}: {name} differs from {given}, but both are one tensor in this "
+                    "model; give model.network.config.tie_word_embeddings=false"
                 )
 
 
@@ -238,8 +242,9 @@ def _assign(
     """Make a tensor of a file a parameter of the network, under all its names."""
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise ValueError(
-            f"{given} is {str(tensor.dtype).removeprefix('torch.')}: weights that others have quantized can't be "
-            "read; give a folder with float32, bfloat16 or float16 weights (and model.quantization=nf4)"
+            f"{given} is {str(tensor.dtype).removeprefix('torch.')}: weights that others have quantized "
+            "can't be read; give a folder with float32, bfloat16 or float16 weights "
+            "(and model.quantization=nf4)"
         )
     own: Tensor | None = None if convert is None else convert(names[0], tensor)
     if own is None:

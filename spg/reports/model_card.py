@@ -130,7 +130,10 @@ def measured(run: Path, source: Path) -> str:
         f"| {name.replace('_', ' ')} | {cell(f'{name}.before')} | {cell(f'{name}.{moment}')} |"
         for name in names
     ]
-    heading = f"Greedy decoding of the test half, n = {summary['n']}, with 95% bootstrap intervals:"
+    # runs before version 0.6 have bootstrap intervals, and do not name the method
+    methods = {summary.get(f"{name}.{moment}.interval_method", "bootstrap") for name in names}
+    words = f"with 95% intervals ({', '.join(sorted(methods))}):"
+    heading = f"Greedy decoding of the test half, n = {summary['n']}, {words}"
     return _lines([heading, "", "| measure | before | after |", "| --- | --- | --- |", *rows])
 
 

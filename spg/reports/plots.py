@@ -85,7 +85,7 @@ def plot_sweep(points: Sequence[Point], measure: str, name: str, path: Path) -> 
         axes.scatter(places[points.index(marked)], marked.mean, label=label, **star)
     handles, labels = axes.get_legend_handles_labels()
     if labels:
-        figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside right upper")
+        figure.legend(handles, labels, frameon=False, fontsize=9, handlelength=4, loc="outside right upper")
     counts = [len(point.values) for point in points]
     bars = "; error bars: 95% bootstrap interval over seeds, dots: single seeds" if max(counts) > 1 else ""
     figure.suptitle(f"{name}\n{seeds_in_words(counts)} a setting{bars}", fontsize=10)

@@ -22,7 +22,8 @@ def show_summary(summary: Mapping[str, Any], folder: Path) -> None:
         summary: Contents of the run's summary.json.
         folder: Directory of the run.
     """
-    table = Table(title=f"Test half, greedy, n = {summary['n']} (95% bootstrap interval)")
+    methods = sorted({value for key, value in summary.items() if key.endswith(".interval_method")})
+    table = Table(title=f"Test half, greedy, n = {summary['n']} (95% interval: {', '.join(methods)})")
     table.add_column("measure")
     for heading in ("before", "after, best", "after, last"):
         table.add_column(heading, justify="right")

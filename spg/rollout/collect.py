@@ -1,17 +1,15 @@
-"""From examples to experience: prompts, rollouts, rewards, advantages; and evaluation."""
+"""From examples to experience: prompts, rollouts, rewards, advantages."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from spg.algorithms.advantages import Advantage
-from spg.core import statistics
 from spg.core.examples import Example
 from spg.core.seeding import derive_seed
 from spg.core.types import Experience, Rollout
@@ -114,48 +112,3 @@ def collect(
     ended = time.perf_counter()
     tokens = int((done.commit_step >= 0).sum())
     return experience, Collected(decoded - started, ended - compared, tokens, apart)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Greedy results over n examples: measures {name: [n]} and the completions' texts."""
-
-    measures: Mapping[str, np.ndarray]
-    texts: tuple[str, ...]
-    examples: tuple[Example, ...]
-
-    def mean(self, name: str) -> float:
-        """Return the mean of a measure over the examples."""
-        return float(self.measures[name].mean())
-
-    def interval(self, name: str, resamples: int = 2000) -> tuple[float, float]:
-        """Return a 95% bootstrap interval of a measure's mean, resampling examples (percentile)."""
-        return statistics.bootstrap(self.measures[name], resamples)
-
-
-def evaluate(
-    policy: Policy,
-    decoder: Decoder,
-    task: Task,
-    examples: Sequence[Example],
-    batch_size: int,
-    seed: int = 0,
-    world: World | None = None,
-) -> Evaluation:
-    """Decode each example once and measure the completions; `seed` matters above temperature 0.
-
-    The processes of `world` share the examples; each of them gets the results of all.
-    """
-    world = world or World()
-    was_training = policy.training
-    policy.eval()
-    own = world.stretch(len(examples))
-    rows: list[tuple[str, dict[str, float]]] = []
-    for at in range(own.start, own.stop, batch_size):
-        batch = examples[at : min(at + batch_size, own.stop)]
-        texts = rollout(policy, decoder, task, batch, 1, seed, first=at).texts
-        rows += zip(texts, score_all(task.measure, batch, texts, task.workers), strict=True)
-    policy.train(was_training)
-    rows = world.gather_items(rows)
-    measures = {name: np.array([row[name] for _, row in rows]) for name in rows[0][1]}
-    return Evaluation(measures, tuple(text for text, _ in rows), tuple(examples))

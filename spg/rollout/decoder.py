@@ -46,7 +46,7 @@ def logp_difference(policy: Policy, rollout: Rollout, seed: int) -> Tensor:
     step = rollout.commit_step.gather(1, keys.argmax(-1, keepdim=True)).squeeze(-1)
     scored = committed & (rollout.commit_step == step.unsqueeze(-1))
     mask = None if bool(rollout.prompt_mask.all()) else rollout.attention_mask
-    seen = rollout.seen_at(step.unsqueeze(1), policy.mask_id).squeeze(1)
+    seen = rollout.inputs_at(step.unsqueeze(1), policy.mask_id).squeeze(1)
     exact = policy.token_logps(seen, mask, rollout.completion_ids, scored)
     apart = (exact - rollout.commit_logps).abs().masked_fill(~scored, 0.0)
     return apart.sum(-1) / scored.sum(-1).clamp_min(1)

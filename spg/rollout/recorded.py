@@ -47,7 +47,7 @@ class Recorded(Decoder):
         ]
         completion = torch.tensor(rows, dtype=torch.long, device=prompts.ids.device)
         mask = through_first(completion == policy.eos_id)
-        return Rollout.written(
+        return Rollout.of_completions(
             prompts,
             completion,
             mask,

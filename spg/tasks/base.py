@@ -3,102 +3,159 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
+
+from annotated_types import Ge, Interval
 
 from spg.core.errors import InputError
 from spg.core.examples import Chat, Example, Template
+from spg.core.rules import Words
 
 SPLITS = ("train", "validation", "test", "heldout")
 
+# rules of parameters that several tasks have
+Shots = Annotated[int, Interval(ge=0, le=3)]
+PromptStyle = Literal["bare", "instruct"]
+GeneratedSize = Annotated[
+    int, Ge(1), Words("a whole number, 1 or more (not null: examples of this task are generated)")
+]
+
 
 class Task(Protocol):
-    """A set of examples with a prompt, a reward and measures for each.
+    """A set of examples, with a prompt, a reward and measures for each.
 
-    Training learns from `reward` on the split `train`; evaluation reports `measure`. Choices are
-    made on `validation`, results reported on `test`; the two are the halves of `heldout`.
+    Training learns from `reward` on the split `train`, and evaluation reports `measure`. Choices such as
+    the best checkpoint are made on `validation`, and results are reported on `test`; these two are the
+    halves of `heldout`.
+
+    An example is a mapping of whatever the task needs; nobody else looks inside. `BaseTask` has defaults for
+    most of this protocol, so derive from it unless you have a reason not to.
+
+    Attributes:
+        name: Name of the task in figures, tables and messages.
+        parser: Name of the rule that finds the answer in a completion and compares it.
+        shots: Number of worked examples in a prompt.
+        workers: Number of completions that may be scored at the same time. Above 1 only if scoring waits for
+            other processes; `reward` and `measure` are then called from several threads.
     """
 
     name: str
-    parser: str  # name of the rule that finds a completion's answer and compares it
-    shots: int  # worked examples in a prompt
-    workers: int  # completions that may be scored at once; above 1 where scoring waits on other processes
+    parser: str
+    shots: int
+    workers: int
 
     def examples(self, split: str) -> Sequence[Example]:
-        """Return the examples of `split`, the same at every call; raises InputError where there are none."""
+        """Return the examples of a split, the same ones in every call.
+
+        Raises:
+            InputError: if the split is unknown or its data cannot be read.
+        """
         ...
 
     def prompt(self, example: Example) -> str | Chat:
-        """Return the prompt: bare text, or a chat; an assistant's last message opens the completion."""
+        """Return the prompt: a text, or a chat; a last message of the assistant opens the completion."""
         ...
 
     def template(self, example: Example) -> Template | None:
-        """Return the completion with holes that the model fills in, or None for a free completion."""
+        """Return a completion with holes for the model to fill in, or None for a free completion."""
         ...
 
     def demonstrations(self) -> Sequence[Example]:
-        """Return the examples whose `target` supervised pretraining learns; mostly those of `train`."""
+        """Return the examples whose `target` supervised pretraining learns."""
         ...
 
     def target(self, example: Example) -> str:
-        """Return the completion that an example demonstrates, mostly a right one."""
+        """Return the completion that an example demonstrates, usually a right one."""
         ...
 
     def reward(self, example: Example, completion: str) -> dict[str, float]:
-        """Return the reward's parts for a completion's text; their sum is the reward."""
+        """Return the parts of the reward of a completion by name; their sum is the reward."""
         ...
 
     def answer(self, example: Example, completion: str) -> str | None:
-        """Return the answer that the parser finds in a completion's text, None where it finds none."""
+        """Return the answer that the parser finds in a completion, or None if it finds none."""
         ...
 
     def measure(self, example: Example, completion: str) -> dict[str, float]:
-        """Return `accuracy`, from 0 to 1, and what belongs beside it, for a completion's text."""
+        """Return `accuracy`, from 0 to 1, and any other measures of a completion by name."""
         ...
 
     def example_of(self, record: Mapping[str, Any]) -> Example:
-        """Return the example that a line of saved generations tells of; raises InputError where it does not.
+        """Return the example of a saved completion.
 
-        Our own lines hold it under `example`; those in the authors' format, `question` and `ground_truth`.
+        Args:
+            record: A line of a file of generations. Lines of this project hold the example under `example`.
+                Lines in the format of the authors hold `question` and `ground_truth`.
+
+        Raises:
+            InputError: if the line holds no example of this task.
         """
         ...
 
 
-def check_choices(task: str, **choices: tuple[str, Sequence[str]]) -> None:
-    """Raise InputError for the first (value, allowed values) of a task's settings that is not allowed."""
-    for option, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise InputError(f"task.{option}={value} is not one of those of {task}: {', '.join(allowed)}")
+class BaseTask:
+    """Defaults that most tasks share. Your own task adds `name`, `prompt`, `reward`, `measure` and its data.
 
+    Give the data with `load_rows` (training rows and held-out rows, each loaded once), or override
+    `examples`. `target` is only needed to make base weights by supervised pretraining.
+    """
 
-def check_generated(eval_size: int | None) -> None:
-    """Raise InputError where held-out examples are generated, and it is not said how many."""
-    if eval_size is None:
-        raise InputError(
-            "task.eval_size=null: examples of this task are generated, and null is no number; "
-            "give how many, as task.eval_size=256"
-        )
-
-
-class Split:
-    """Rows of which some are for training and some held out, each loaded when first asked for."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, Sequence[Example]] = {}
+    name: str
+    parser = "exact"
+    shots = 0
+    workers = 1
 
     def examples(self, split: str) -> Sequence[Example]:
-        """Return the examples of `split`; the two halves of the held-out rows are validation and test."""
-        if split not in SPLITS:
-            raise InputError(f"split={split!r} is unknown; allowed: {', '.join(SPLITS)}")
+        """Return the examples of a split; validation and test are the two halves of the held-out rows."""
+        check_split(split)
         source = "train" if split == "train" else "heldout"
-        if source not in self._rows:
-            self._rows[source] = self._load(source)
-        return self._rows[source] if split == "train" else halves(self._rows[source], split)
+        loaded: dict[str, Sequence[Example]] = self.__dict__.setdefault("_loaded", {})
+        if source not in loaded:
+            loaded[source] = self.load_rows(source)
+        return loaded[source] if split == "train" else select_half(loaded[source], split)
 
-    def _load(self, source: str) -> Sequence[Example]:
-        """Return the rows of `train` or `heldout`."""
-        raise NotImplementedError
+    def load_rows(self, source: str) -> Sequence[Example]:
+        """Return the rows of `train` or of `heldout`; called once for each of them."""
+        raise NotImplementedError(f"{type(self).__name__} needs load_rows or its own examples")
+
+    def template(self, example: Example) -> Template | None:
+        """Return None: completions are free."""
+        return None
+
+    def demonstrations(self) -> Sequence[Example]:
+        """Return the training examples."""
+        return self.examples("train")
+
+    def target(self, example: Example) -> str:
+        """Return the completion that an example demonstrates; a task without one cannot be pretrained on."""
+        raise InputError(
+            f"the task {self.name} has no target completions to learn from; give a model with weights, or "
+            f"define {type(self).__name__}.target"
+        )
+
+    def answer(self, example: Example, completion: str) -> str | None:
+        """Return the completion without white space around it, or None if nothing is left."""
+        return completion.strip() or None
+
+    def example_of(self, record: Mapping[str, Any]) -> Example:
+        """Return the `example` of a saved completion.
+
+        Raises:
+            InputError: if the line has none.
+        """
+        example = record.get("example")
+        if not isinstance(example, Mapping):
+            found = ", ".join(map(str, record))
+            raise InputError(f"a saved completion of {self.name} needs `example`; the line has {found}")
+        return example
 
 
-def halves(rows: Sequence[Example], split: str) -> Sequence[Example]:
-    """Return a split of held-out rows: every other one for each half, all for `heldout`."""
+def check_split(split: str) -> None:
+    """Raise InputError if there is no split of this name."""
+    if split not in SPLITS:
+        raise InputError(f"split={split!r} is unknown; allowed: {', '.join(SPLITS)}")
+
+
+def select_half(rows: Sequence[Example], split: str) -> Sequence[Example]:
+    """Return the held-out rows of a split: every other row for each half, all of them for `heldout`."""
     return {"validation": rows[0::2], "test": rows[1::2], "heldout": rows}[split]

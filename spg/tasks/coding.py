@@ -6,230 +6,37 @@ other. What a test needs beside the function under test comes from the data set,
 
 from __future__ import annotations
 
-import ast
 import logging
 import os
-import re
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
 from spg.core.errors import InputError
 from spg.core.examples import Chat, Example, Template
-from spg.core.limits import check_limits
+from spg.core.rules import Count, CountOrZero, Positive, checked
 from spg.sandbox.host import Cage, Outcome
-from spg.tasks.base import Split, check_choices
+from spg.tasks.base import BaseTask
 from spg.tasks.datasets import Published, load
+from spg.tasks.parsing.programs import (
+    answer_part,
+    find_program,
+    imported_names,
+    is_blocked,
+    parse_program,
+    pytest_tests,
+    python_block,
+    signatures,
+)
 from spg.tasks.parsing.tags import CLOSE, OPEN
 from spg.tasks.prompts import PromptFile, instruct
 
 log = logging.getLogger(__name__)
 
-REWARDS = ("intended", "released")
-PARSERS = ("fenced",)
 KODCODE = Published("KodCode/KodCode-Light-RL-10K", "train", ("question", "solution", "test"))
 
-FENCE = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL)
-PYTHON = ("python", "python3", "py")
-NO_TEXT = re.compile(r"\ufeff|<\|(?:endoftext|eot_id)\|>")
-# characters of a program: the interpreter's own parser crashes on some that are far longer
-LONGEST = 64_000
-# SPG's coding reward is not public; these are the modules that the public one of d1 refuses
-BLOCKED = frozenset(
-    ("os", "sys", "subprocess", "shutil", "socket", "psutil", "ctypes", "pathlib", "builtins")
-)
 
-
-def python_block(text: str, name: str | None = None) -> str | None:
-    """Return the preferred ```python block of a text, None where it has none."""
-    return preferred([body for kind, body in FENCE.findall(text) if kind.strip().lower() in PYTHON], name)
-
-
-def preferred(blocks: Sequence[str], name: str | None) -> str | None:
-    """Return the last block that defines `name`, else that defines anything, else the last one."""
-    blocks = [outdented(block) for block in blocks]
-    for wanted in (rf"def {name}\b", r"(?:async )?def |class "):
-        found = [block for block in blocks if re.search(rf"^{wanted}", block, re.MULTILINE)]
-        if found:
-            return found[-1]
-    return blocks[-1] if blocks else None
-
-
-def outdented(block: str) -> str:
-    """Return a block of whole statements that stands indented, as in a list, without that indentation."""
-    whole = len(block) <= LONGEST and re.match(r"\s+(?:async def|def|class|import|from|@)\b", block)
-    return textwrap.dedent(block) if whole else block
-
-
-def in_answer(completion: str) -> str:
-    """Return what follows the last opening answer tag, up to the closing one; empty without a tag."""
-    _, opened, inside = completion.rpartition(OPEN)
-    return inside.partition(CLOSE)[0] if opened else ""
-
-
-def program_in(completion: str, name: str | None = None) -> str | None:
-    """Return the program that a completion answers with; None where it gives none.
-
-    That is a ```python block in the answer tags, else a block of the text, else what the tags hold, else,
-    where the text knows neither tags nor blocks, the text. Of several blocks it is the last one that
-    defines `name`, else that defines anything, else the last.
-    """
-    completion = NO_TEXT.sub("", completion)
-    inside = in_answer(completion)
-    block = python_block(inside, name)
-    if block is None:
-        block = preferred([body for _, body in FENCE.findall(completion)], name)
-    if block is None:
-        block = inside if OPEN in completion else completion
-    return block if block.strip() else None
-
-
-def parsed(program: str) -> ast.Module | None:
-    """Return a program's syntax tree, None where it is no Python or longer than `LONGEST`."""
-    return _tree(program) if len(program) <= LONGEST else None
-
-
-def _tree(text: str) -> ast.Module | None:
-    try:
-        return ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
-def compiles(program: str) -> bool:
-    """Whether a program is Python; unlike its tree alone, this refuses a `return` outside of a function."""
-    try:
-        compile(program if len(program) <= LONGEST else "(", "solution.py", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
-
-
-def is_blocked(program: str) -> bool:
-    """Whether a program imports a module of `BLOCKED`, or names `__import__`."""
-    for node in ast.walk(parsed(program) or ast.Module([], [])):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        if any(name.split(".")[0] in BLOCKED for name in names):
-            return True
-        if isinstance(node, ast.Name) and node.id == "__import__":
-            return True
-    return False
-
-
-# --- unit tests as texts -----------------------------------------------------------------------------
-
-
-def defined(body: Iterable[ast.stmt]) -> dict[str, ast.stmt]:
-    """Return the names that statements bind, each with the last statement that does."""
-    found: dict[str, ast.stmt] = {}
-    for statement in body:
-        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found[statement.name] = statement
-        elif isinstance(statement, ast.Import | ast.ImportFrom):
-            found |= {(a.asname or a.name).split(".")[0]: statement for a in statement.names}
-        elif isinstance(statement, ast.Assign | ast.AnnAssign):
-            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            found |= {n.id: statement for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
-    return found
-
-
-def borrowed(tests: str, solution: str) -> str:
-    """Return the imports that tests without any need: the names of the program that they use.
-
-    What they use of other modules is imported as the reference solution does it.
-    """
-    tree = _tree(tests) or ast.Module([], [])
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    known = defined((_tree(solution) or ast.Module([], [])).body)
-    imports = (ast.Import, ast.ImportFrom)
-    lines = {ast.unparse(s) for n, s in known.items() if n in used and isinstance(s, imports)}
-    names = [n for n, s in known.items() if n in used and not isinstance(s, imports)]
-    return "\n".join([*sorted(lines), *(f"from solution import {name}" for name in names)])
-
-
-def has_assert(statement: ast.stmt) -> bool:
-    """Whether a statement asserts something that is not constant."""
-    asserts = [node for node in ast.walk(statement) if isinstance(node, ast.Assert)]
-    return any(not isinstance(node.test, ast.Constant) for node in asserts)
-
-
-def one_by_one(body: Sequence[ast.stmt]) -> list[list[ast.stmt]]:
-    """Return the statements once for each that asserts, without the others that do."""
-    asserting = [s for s in body if has_assert(s)]
-    shared = [s for s in body if not any(isinstance(node, ast.Assert) for node in ast.walk(s))]
-    return [[s for s in body if s in shared or s is which] for which in asserting]
-
-
-def check_tests(test: str, prompt: str, entry_point: str) -> list[str]:
-    """Return the tests of a text that defines `check(candidate)`, with what the prompt defines at hand.
-
-    Raises ValueError where it defines none.
-    """
-    tree = ast.parse(test)
-    check = defined(tree.body).get("check")
-    if not isinstance(check, ast.FunctionDef):
-        raise ValueError("they define no function check(candidate)")
-    given = prompt if _tree(prompt) else ""
-    tests = []
-    for body in one_by_one(check.body):
-        one = _text([*(s for s in tree.body if s is not check), _with_body(check, body)])
-        tests.append(f"{given}\n{one}\nfrom solution import {entry_point}\ncheck({entry_point})\n")
-    return tests
-
-
-def _text(body: list[ast.stmt]) -> str:
-    return ast.unparse(ast.Module(body, []))
-
-
-def _with_body(function: ast.FunctionDef, body: list[ast.stmt]) -> ast.FunctionDef:
-    return ast.FunctionDef(**{**dict(ast.iter_fields(function)), "body": body}, lineno=1)
-
-
-def pytest_tests(test: str, solution: str) -> list[str]:
-    """Return the tests of a file for pytest: its functions and methods `test...`, else its assertions."""
-    tree = ast.parse(test)
-    calls = []
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
-            calls.append(node.name)
-        elif isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
-            methods = [m.name for m in node.body if isinstance(m, ast.FunctionDef)]
-            calls += [f"{node.name}().{name}" for name in methods if name.startswith("test")]
-    if calls:
-        head = test if re.search(r"\bsolution\b", test) else f"{borrowed(test, solution)}\n{test}"
-        return [f"{head}\n\n__import__('pytest').run({call})\n" for call in calls]
-    texts = [_text(body) for body in one_by_one(tree.body)]
-    return [f"{borrowed(text, solution)}\n{text}\n" for text in texts]
-
-
-def imported_names(test: str) -> list[str]:
-    """Return what a test file imports from `solution`."""
-    nodes = ast.walk(_tree(test) or ast.Module([], []))
-    froms = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.module == "solution"]
-    return [alias.name for node in froms for alias in node.names]
-
-
-def signatures(solution: str, names: Sequence[str]) -> list[str]:
-    """Return how the reference solution declares each of these names that it defines."""
-    known = defined((_tree(solution) or ast.Module([], [])).body)
-    declared = []
-    for name in names:
-        node = known.get(name)
-        if isinstance(node, ast.FunctionDef):
-            returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-            declared.append(f"def {name}({ast.unparse(node.args)}){returns}")
-        elif isinstance(node, ast.ClassDef):
-            declared.append(f"class {name}")
-    return declared
-
-
-# --- the task ----------------------------------------------------------------------------------------
-
-
-class Coding(Split):
+class Coding(BaseTask):
     """Programs on demand, judged by unit tests in a cage; a subclass names the held-out data.
 
     Trained on KodCode-Light-RL-10K. reward (paper, G.1): `format` 0.5 if the program stands in a ```python
@@ -246,25 +53,21 @@ class Coding(Split):
 
     name: str
     heldout: Published
-    shots = 0
 
+    @checked
     def __init__(
         self,
-        reward: str = "intended",
-        parser: str = "fenced",
+        reward: Literal["intended", "released"] = "intended",
+        parser: Literal["fenced"] = "fenced",
         path: str | None = None,
         train_path: str | None = None,
         prompt_file: str | None = None,
-        isolation: str = "auto",
-        wall_seconds: float = 8.0,
-        memory_mb: int = 1024,
-        workers: int = 0,
-        eval_size: int | None = None,
+        isolation: Literal["auto", "user_id", "none"] = "auto",
+        wall_seconds: Positive = 8.0,
+        memory_mb: Count = 1024,
+        workers: CountOrZero = 0,
+        eval_size: Count | None = None,
     ) -> None:
-        check_limits(isolation=isolation, wall_seconds=wall_seconds, memory_mb=memory_mb, workers=workers)
-        check_limits(eval_size=eval_size)
-        super().__init__()
-        check_choices(self.name, reward=(reward, REWARDS), parser=(parser, PARSERS))
         self.reward_name = reward
         self.parser = parser
         self.paths = {"train": train_path, "heldout": path}
@@ -282,7 +85,7 @@ class Coding(Split):
         # reward and measure ask for the same run
         self._run = lru_cache(maxsize=4096)(self._run_anew)
 
-    def _load(self, source: str) -> Sequence[Example]:
+    def load_rows(self, source: str) -> Sequence[Example]:
         published = KODCODE if source == "train" else self.heldout
         option = "task.train_path" if source == "train" else "task.path"
         rows = load(published, self.paths[source], option)
@@ -348,7 +151,7 @@ class Coding(Split):
     def reward(self, example: Example, completion: str) -> dict[str, float]:
         """Return `format` and `tests`; a completion without a ```python block earns nothing."""
         program = self.answer(example, completion)
-        block = python_block(in_answer(completion), example.get("entry_point"))
+        block = python_block(answer_part(completion), example.get("entry_point"))
         refused = program is None or python_block(completion) is None
         refused = refused or (self.reward_name == "released" and is_blocked(program or ""))
         if refused:
@@ -356,12 +159,12 @@ class Coding(Split):
         # an answer that is never closed is no answer in the published form
         well_formed = block is not None and CLOSE in completion.rpartition(OPEN)[2]
         if self.reward_name == "intended":
-            well_formed = well_formed and bool(parsed(block or "") and (block or "").strip())
+            well_formed = well_formed and bool(parse_program(block or "") and (block or "").strip())
         return {"format": 0.5 * well_formed, "tests": self.fraction(example, program)}
 
     def answer(self, example: Example, completion: str) -> str | None:
         """Return the program that a completion holds, None where it holds none."""
-        return program_in(completion, example.get("entry_point"))
+        return find_program(completion, example.get("entry_point"))
 
     def measure(self, example: Example, completion: str) -> dict[str, float]:
         """Return accuracy (1 if all tests pass), and the fraction of `tests` that do."""
@@ -380,7 +183,7 @@ class Coding(Split):
         return program
 
     def _run_anew(self, program: str, tests: tuple[str, ...]) -> Outcome:
-        if parsed(program) is None:
+        if parse_program(program) is None:
             return Outcome("failed", (False,) * len(tests), "no Python", 0.0, "")
         return self.cage().run(program, tests)
 

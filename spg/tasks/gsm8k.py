@@ -12,7 +12,7 @@ from spg.core.examples import Example
 from spg.tasks.datasets import Published
 from spg.tasks.parsing.latex import box_content
 from spg.tasks.parsing.tags import CLOSE, OPEN, first_answer
-from spg.tasks.question_answering import Questions, completed, equal, final_answer, written
+from spg.tasks.question_answering import Questions, are_equal, as_text, final_answer, format_completion
 
 COLUMNS = ("question", "answer")
 BOXED = re.compile(r"\\boxed\{([^}]*)\}")
@@ -46,20 +46,20 @@ class GSM8K(Questions):
     worked = (
         (
             "A baker fills 4 trays with 6 rolls each and sells all but 5 rolls. How many rolls are sold?",
-            completed("4 trays of 6 rolls are 4 * 6 = 24 rolls.\n24 - 5 = 19 rolls are sold.", "19"),
+            format_completion("4 trays of 6 rolls are 4 * 6 = 24 rolls.\n24 - 5 = 19 rolls are sold.", "19"),
         ),
         (
             "Tickets cost $8, half as much for children. What do 2 adults and 3 children pay, in dollars?",
-            completed("A child pays 8 / 2 = 4 dollars.\n2 * 8 + 3 * 4 = 16 + 12 = 28.", "28"),
+            format_completion("A child pays 8 / 2 = 4 dollars.\n2 * 8 + 3 * 4 = 16 + 12 = 28.", "28"),
         ),
         (
             "A tank of 120 litres is 25% full. How many litres go in until it is full?",
-            completed("It holds 120 * 25 / 100 = 30 litres.\n120 - 30 = 90 litres go in.", "90"),
+            format_completion("It holds 120 * 25 / 100 = 30 litres.\n120 - 30 = 90 litres go in.", "90"),
         ),
     )
 
     def example(self, row: Mapping[str, Any], where: str) -> Example:
-        example = {column: None if row.get(column) is None else written(row[column]) for column in COLUMNS}
+        example = {column: None if row.get(column) is None else as_text(row[column]) for column in COLUMNS}
         if _number(_truth(example) or "") is None:
             raise InputError(
                 f"{where}: the answer {example['answer']!r} ends in no number; "
@@ -73,7 +73,7 @@ class GSM8K(Questions):
 
     def target(self, example: Example) -> str:
         worked, _, _ = example["answer"].partition("####")
-        return completed(CALCULATION.sub("", worked).strip(), _truth(example) or "")
+        return format_completion(CALCULATION.sub("", worked).strip(), _truth(example) or "")
 
     def reward(self, example: Example, completion: str) -> dict[str, float]:
         truth = _truth(example)
@@ -105,7 +105,7 @@ class GSM8K(Questions):
         if answer is None or truth is None:
             right = False
         elif self.parser == "math_verify":
-            right = equal(truth, answer)
+            right = are_equal(truth, answer)
         else:
             right = float(answer) == float(truth)
         return {"accuracy": float(right), "parsed": float(answer is not None)}

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from spg.core.examples import Example
-from spg.tasks.coding import Coding, check_tests, compiles, parsed
+from spg.tasks.coding import Coding
 from spg.tasks.datasets import Published
+from spg.tasks.parsing.programs import compiles, parse_program, tests_of_check
 
 COLUMNS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 
@@ -36,14 +37,14 @@ class HumanEval(Coding):
     def tests(self, example: Example) -> list[str]:
         if "entry_point" not in example:
             return super().tests(example)
-        return check_tests(example["test"], example["question"], example["entry_point"])
+        return tests_of_check(example["test"], example["question"], example["entry_point"])
 
     def runnable(self, example: Example, program: str) -> str:
         """Return the program behind the prompt's imports and helpers, or, as a body, behind the prompt."""
         if "entry_point" not in example:
             return program
         question, entry_point = example["question"], example["entry_point"]
-        tree = parsed(program)
+        tree = parse_program(program)
         if tree and any(isinstance(s, ast.FunctionDef) and s.name == entry_point for s in tree.body):
             first = "".join(FUTURE.findall(program))  # allowed at the very top alone
             return first + question.rpartition(f"def {entry_point}(")[0] + FUTURE.sub("", program)

@@ -10,7 +10,7 @@ from spg.core.examples import Example
 from spg.tasks.datasets import Published
 from spg.tasks.parsing.latex import SLIP, box_content, boxed_in_answer, is_equiv, last_boxed
 from spg.tasks.parsing.tags import first_answer
-from spg.tasks.question_answering import Questions, completed, equal, final_answer, written
+from spg.tasks.question_answering import Questions, are_equal, as_text, final_answer, format_completion
 
 
 class Math500(Questions):
@@ -32,18 +32,20 @@ class Math500(Questions):
     worked = (
         (
             "Find the sum of the solutions of $x^2 - 7x + 10 = 0$.",
-            completed("The left side is (x - 2)(x - 5), so x is 2 or 5.\nTheir sum is 2 + 5 = 7.", "7"),
+            format_completion(
+                "The left side is (x - 2)(x - 5), so x is 2 or 5.\nTheir sum is 2 + 5 = 7.", "7"
+            ),
         ),
         (
             "A fair die is thrown twice. What is the probability of two equal numbers?",
-            completed(
+            format_completion(
                 "There are 36 outcomes, and 6 with equal numbers.\nThe probability is 6/36 = 1/6.",
                 r"\frac{1}{6}",
             ),
         ),
         (
             "A square has an area of 12. How long is its side?",
-            completed(
+            format_completion(
                 "The side is the root of 12, and 12 = 4 * 3.\nSo it is 2 times the root of 3.", r"2\sqrt{3}"
             ),
         ),
@@ -52,7 +54,7 @@ class Math500(Questions):
     def example(self, row: Mapping[str, Any], where: str) -> Example:
         columns = ("problem", "solution", "answer")
         # an answer may be the number 0
-        example = {name: written(row[name]) for name in columns if row.get(name) not in (None, "")}
+        example = {name: as_text(row[name]) for name in columns if row.get(name) not in (None, "")}
         if _truth(example) is None:
             raise InputError(
                 f"{where}: no answer in the columns {', '.join(map(str, row))}; "
@@ -62,7 +64,7 @@ class Math500(Questions):
 
     def target(self, example: Example) -> str:
         truth = _truth(example) or ""
-        return completed(example.get("solution", truth), truth)
+        return format_completion(example.get("solution", truth), truth)
 
     def reward(self, example: Example, completion: str) -> dict[str, float]:
         if self.reward_name == "released":
@@ -70,7 +72,7 @@ class Math500(Questions):
             right = is_equiv(completion if answer is None else answer, _released_truth(example))
             return {"correctness": 2.0 * right, "format": boxed_in_answer(completion, SLIP)}
         answer, truth = box_content(completion), _truth(example)
-        right = answer is not None and truth is not None and equal(truth, answer)
+        right = answer is not None and truth is not None and are_equal(truth, answer)
         return {"correctness": 2.0 * right, "format": boxed_in_answer(completion)}
 
     def answer(self, example: Example, completion: str) -> str | None:
@@ -82,7 +84,7 @@ class Math500(Questions):
 
     def measure(self, example: Example, completion: str) -> dict[str, float]:
         answer, truth = self.answer(example, completion), _truth(example)
-        same = equal if self.parser == "math_verify" else is_equiv
+        same = are_equal if self.parser == "math_verify" else is_equiv
         right = answer is not None and truth is not None and same(truth, answer)
         return {"accuracy": float(right), "parsed": float(answer is not None)}
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from spg.core.errors import InputError
 from spg.core.examples import Example
-from spg.tasks.coding import Coding, borrowed
+from spg.tasks.coding import Coding
 from spg.tasks.datasets import Published
+from spg.tasks.parsing.programs import imports_for
 
 COLUMNS = ("task_id", "text", "code", "test_list")
 
@@ -41,4 +42,4 @@ class MBPP(Coding):
         if "test_list" not in example:
             return super().tests(example)
         texts = [f"{example['test_setup_code']}\n{test}\n" for test in example["test_list"]]
-        return [f"{borrowed(text, example['solution'])}\n{text}" for text in texts]
+        return [f"{imports_for(text, example['solution'])}\n{text}" for text in texts]

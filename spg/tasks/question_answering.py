@@ -6,12 +6,12 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from spg.core.errors import InputError
 from spg.core.examples import Chat, Example, Template
-from spg.core.limits import check_limits
-from spg.tasks.base import Split, check_choices
+from spg.core.rules import Count, checked
+from spg.tasks.base import BaseTask, Shots
 from spg.tasks.datasets import Published, files_of, load
 from spg.tasks.parsing.latex import box_content, is_equiv
 from spg.tasks.parsing.math_verify import verify
@@ -20,8 +20,6 @@ from spg.tasks.prompts import PromptFile, instruct
 
 log = logging.getLogger(__name__)
 
-REWARDS = ("intended", "released")
-PARSERS = ("math_verify", "d1", "spg")
 # what a tokenizer may leave in a text at the completion's end
 ENDS = ("<|eot_id|>", "<|endoftext|>")
 # rows of a file of training rows alone that are held out, at most a quarter of it
@@ -29,7 +27,7 @@ HELD_OUT = 512
 UNBOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
-class Questions(Split):
+class Questions(BaseTask):
     """Questions in words, answered freely; a subclass names the data and owns rewards and correctness.
 
     reward: `intended`, or `released`, which is the authors' number for number. parser: `math_verify`, or `d1`
@@ -47,21 +45,18 @@ class Questions(Split):
     column: str  # what the data set calls a question
     instruction: str
     worked: tuple[tuple[str, str], ...]  # questions and completions of our own
-    workers = 1
 
+    @checked
     def __init__(
         self,
-        reward: str = "intended",
-        parser: str = "math_verify",
+        reward: Literal["intended", "released"] = "intended",
+        parser: Literal["math_verify", "d1", "spg"] = "math_verify",
         path: str | None = None,
         train_path: str | None = None,
         prompt_file: str | None = None,
-        shots: int = 0,
-        eval_size: int | None = None,
+        shots: Shots = 0,
+        eval_size: Count | None = None,
     ) -> None:
-        check_limits(shots=shots, eval_size=eval_size)
-        super().__init__()
-        check_choices(self.name, reward=(reward, REWARDS), parser=(parser, PARSERS))
         self.reward_name = reward
         self.parser = parser
         self.path = path
@@ -70,7 +65,7 @@ class Questions(Split):
         self.eval_size = eval_size
         self.prompts = None if prompt_file is None else PromptFile(prompt_file, (self.column,))
 
-    def _load(self, source: str) -> Sequence[Example]:
+    def load_rows(self, source: str) -> Sequence[Example]:
         first = 1  # number of the first row in its file
         if self._serves_both():
             rows = load(self.train, self.path, "task.path")
@@ -138,7 +133,7 @@ class Questions(Split):
         row = record.get("example")
         if row is None and isinstance(record.get("question"), str) and "ground_truth" in record:
             truth = record["ground_truth"]
-            row = {self.column: record["question"], "answer": None if truth is None else written(truth)}
+            row = {self.column: record["question"], "answer": None if truth is None else as_text(truth)}
         if isinstance(row, Mapping) and isinstance(row.get(self.column), str):
             # two of d1's lines know no answer; they count, and nothing is right
             return row if row.get("answer", "") is None else self.example(row, where)
@@ -148,12 +143,12 @@ class Questions(Split):
         )
 
 
-def written(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Return a value as text, numbers of whole value as the data sets write them."""
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
-def completed(reasoning: str, answer: str) -> str:
+def format_completion(reasoning: str, answer: str) -> str:
     """Return a completion in the published form."""
     return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n\\boxed{{{answer}}}\n</answer>\n"
 
@@ -181,6 +176,6 @@ def _unboxed(text: str) -> str:
     return content.strip()
 
 
-def equal(gold: str, answer: str) -> bool:
+def are_equal(gold: str, answer: str) -> bool:
     """Return whether two answers are the same as text or by math-verify; False where that takes too long."""
     return is_equiv(gold, answer) or verify(gold, answer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from spg.config import build
+from spg.config.settings import Optimization
 from spg.core.errors import InputError
 from spg.models.factory import build_policy, check_reads
 from spg.rollout.decoder import Decoder
@@ -13,7 +14,7 @@ from spg.rollout.recorded import Recorded, check_pairs
 from spg.runs.identity import identity
 from spg.tasks.base import Task
 from spg.tasks.preferences import Preferences
-from spg.training.module import Optimization, Training
+from spg.training.module import Training
 from spg.training.pretraining import ensure_base_weights
 
 

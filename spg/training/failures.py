@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spg.core.errors import Interrupted, RunError
 from spg.core.process import rank
-from spg.training.module import NonFiniteError
+from spg.training.nonfinite import NonFiniteError
 
 
 @contextmanager

@@ -163,6 +163,12 @@ class Sharded(ModelParallelStrategy):
         return kept
 
 
+def sharding_of(module: pl.LightningModule) -> Sharded | None:
+    """Return the strategy that slices a module's weights; None if each process has all of them."""
+    strategy = None if module._trainer is None else module.trainer.strategy
+    return strategy if isinstance(strategy, Sharded) else None
+
+
 def _slice_of(tensor: Tensor, like: Tensor) -> Tensor:
     """Return this process's slice of a whole tensor [...], where `like` is sliced and of its shape."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:

@@ -22,11 +22,12 @@ from spg.config import ConfigError, build
 from spg.core.examples import Example
 from spg.core.seeding import derive_seed
 from spg.core.types import Rollout
+from spg.evaluation.completer import Completer
+from spg.evaluation.evaluator import Evaluation, evaluate
 from spg.models import base_weights
 from spg.models.factory import check_device, check_reads
 from spg.models.policy import Policy
 from spg.models.weights import save_weights
-from spg.rollout.collect import Evaluation, evaluate
 from spg.rollout.decoder import Decoder, through_first
 from spg.rollout.prompt_order import PromptStream
 from spg.tasks.base import Task
@@ -93,7 +94,7 @@ def solved_rollout(policy: Policy, task: Task, examples: list[Example], gen_leng
     )
     completion = solved.template
     mask = through_first(completion == policy.eos_id)
-    return Rollout.written(prompts, completion, mask, tuple(texts), tuple(examples))
+    return Rollout.of_completions(prompts, completion, mask, tuple(texts), tuple(examples))
 
 
 def ensure_base_weights(cfg: DictConfig) -> Path:
@@ -126,7 +127,7 @@ def pretrain(cfg: DictConfig, folder: Path) -> Path:
             "models: model=tiny, or model=llada_toy"
         )
     # without task.path, whose rows may be held out: examples are generated, or read from a training file
-    task: Task = build(cfg.task, path=None)
+    task: Task = build(cfg.task, **({"path": None} if "path" in cfg.task else {}))
     demonstrations = task.demonstrations()
     check_reads(cfg, task.prompt(demonstrations[0]), task.name)
     numbers = cfg.pretrain
@@ -148,7 +149,7 @@ def pretrain(cfg: DictConfig, folder: Path) -> Path:
     trainer.fit(module, DataLoader(stream, batch_size=None))
     seconds = time.perf_counter() - started
     decoder: Decoder = build(cfg.decoding, temperature=0.0)
-    result = evaluate(policy, decoder, task, task.examples("validation"), 256)
+    result = evaluate(Completer(policy, decoder, task), task, task.examples("validation"), 256)
     path = folder / base_weights.file_name(cfg)
     save_weights(
         policy.network, path, {"spg": json.dumps(base_weights.fingerprint_settings(cfg), sort_keys=True)}
@@ -171,8 +172,8 @@ def card(cfg: DictConfig, policy: Policy, result: Evaluation, seconds: float, na
     settings = json.dumps(base_weights.fingerprint_settings(cfg), indent=2, sort_keys=True)
     figures = "\n".join(
         f"- {measure}: {result.mean(measure):.3f} "
-        f"({result.interval(measure)[0]:.3f} to {result.interval(measure)[1]:.3f})"
-        for measure in result.measures
+        f"({interval.low:.3f} to {interval.high:.3f}, {interval.method})"
+        for measure, interval in ((name, result.interval(name)) for name in result.measures)
     )
     return f"""# {name}
 
@@ -187,7 +188,7 @@ learn is what reinforcement learning shows.
 - Libraries: torch {torch.__version__}, lightning {pl.__version__}
 - Licence: MIT, as the project
 
-Greedy decoding of {len(result.texts)} validation examples, with 95% bootstrap intervals:
+Greedy decoding of {len(result.texts)} validation examples, with 95% intervals:
 
 {figures}
 

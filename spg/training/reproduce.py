@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from rich.text import Text
 from spg.algorithms.objectives import Adaptive
 from spg.config import ConfigError, updated
 from spg.core.console import console
-from spg.core.types import Experience, MaskedSamples, Rollout
+from spg.core.types import Experience, MaskedSamples, Rollout, UpdateBatch
 from spg.training.assembly import build_module
 from spg.training.module import Training
+from spg.training.nonfinite import find_culprits
 
 log = logging.getLogger(__name__)
 
@@ -60,20 +62,19 @@ def _again(module: Training, part: dict[str, Any], table: Table) -> bool:
     fields = dict(part["experience"])
     experience = Experience(**{**fields, "rollout": Rollout(**fields["rollout"])})
     rollout = experience.rollout
-    samples, logps, loss, old = None, None, 0.0, part.get("old")
+    batch, logps, loss = None, None, 0.0
     if part["samples"] is not None:
-        samples = MaskedSamples(**part["samples"])
+        batch = UpdateBatch.of(experience, MaskedSamples(**part["samples"]))
+        # the file holds the log-probabilities of the old policy, which is gone
+        batch = replace(module.gradient.freeze(batch, policy_changes=False), old=part.get("old"))
+        logps = module.gradient.all_logps(batch).masked_fill(~batch.samples.scored, 0.0)
         with torch.no_grad():
-            pieces = module.pieces_of(experience, samples)
-            logps = module.all_logps(experience, samples, pieces).masked_fill(~samples.scored, 0.0)
-            reference = module.reference_logps(experience, samples, pieces)
-            value, _ = module.objective(logps, samples, experience, None, reference, old)
-        loss = float(value)
+            loss = float(module.objective(logps, batch).loss)
         log.info("loss %s", loss)
-    bad = set() if samples is None else set(module.culprits(experience, samples, old))
+    bad = set() if batch is None else set(find_culprits(experience, batch, module.gradient))
     for row, text in enumerate(rollout.texts):
         again = sum(module.task.reward(rollout.examples[row], text).values())
-        if samples is None and not math.isfinite(again):
+        if batch is None and not math.isfinite(again):
             bad.add(row)
         lowest = "-" if logps is None else f"{float(logps[row].min()):.2f}"
         mark = "* " if row in bad else "  "

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from spg.core.errors import Interrupted
+from spg.core.examples import Example
 from spg.core.files import write_json
 from spg.core.process import rank
 from spg.models.weights import save_tensors, save_weights
@@ -31,7 +32,7 @@ from spg.training.callbacks import (
     Samples,
     Validation,
 )
-from spg.training.fsdp import Sharded
+from spg.training.fsdp import Sharded, sharding_of
 from spg.training.loggers import MetricsCSV, wandb_logger
 from spg.training.module import Training
 from spg.training.resumption import Start, rewind_files
@@ -46,13 +47,13 @@ PATIENCE = timedelta(hours=4)
 
 
 class Rollouts:
-    """The rollouts that a module has yet to do; Lightning iterates over it as over batches."""
+    """The prompts of each rollout that a module has yet to do; Lightning iterates over them as batches."""
 
     def __init__(self, module: Training) -> None:
         self.module = module
 
-    def __iter__(self) -> Iterator[int]:
-        return self.module.turns()
+    def __iter__(self) -> Iterator[list[Example]]:
+        return self.module.remaining_prompts()
 
 
 def make_strategy(name: str) -> str | Strategy:
@@ -112,7 +113,7 @@ def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | No
         trainer.fit(module, Rollouts(module), ckpt_path=start and start.path, weights_only=True)
         if module.updates < module.max_updates:
             raise Interrupted(f"stopped after update {module.updates}, which is saved")
-        sliced = None if module.sharded is None else module.saved()  # all processes take part
+        sliced = None if sharding_of(module) is None else module.weights.whole()  # all processes take part
         if first:
             _save_model(module, sliced, run)
             _report(module, run, settings, {**tested.summary(), **_validated(validation, tested)})
@@ -176,7 +177,7 @@ def _report(module: Training, run: Run, settings: TrainerSettings, measured: Map
         "updates": module.updates,
         "rollouts": module.rollouts,
         "parameters": sum(p.numel() for p in module.policy.parameters()),
-        "parameters.trained": sum(p.numel() for p in module.trained().values()),
+        "parameters.trained": sum(p.numel() for p in module.weights.tensors().values()),
         "seconds": module.elapsed(),
         **{f"seconds.{part}": spent for part, spent in module.seconds.items()},
         "unused_knobs": read_status(run.folder).get("unused_knobs", []),

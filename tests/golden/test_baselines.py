@@ -12,7 +12,7 @@ from spg.algorithms.estimators import ELBO
 from spg.algorithms.objectives.espo import ESPO
 from spg.algorithms.objectives.grpo import GRPO
 from spg.algorithms.objectives.wd1 import WD1
-from spg.core.types import Experience, MaskedSamples
+from spg.core.types import Experience, MaskedSamples, UpdateBatch
 from tests.helpers import GOLDEN, experience_of, golden
 
 NAMES = sorted(path.stem for path in (GOLDEN / "baselines").glob("*.npz"))
@@ -77,8 +77,9 @@ def test_d1(name: str) -> None:
     assert objective.needs == ({"old", "reference"} if args["beta"] else {"old"})
     reference = z["ref_per_token_logps"].unsqueeze(1) * samples.scored
     old = z["old_per_token_logps"].unsqueeze(1) * samples.scored if args["num_iterations"] > 1 else None
-    loss, figures = objective(logps, samples, experience, None, reference, old)
-    check(loss, logits, z)
+    result = objective(logps, UpdateBatch.of(experience, samples, old=old, reference=reference))
+    figures = result.figures
+    check(result.loss, logits, z)
     counts = samples.scored.sum((1, 2))
     metrics = {key: values[0] for key, values in args["metrics"].items()}
     mean = {key: float((figure * counts).sum() / counts.sum()) for key, figure in figures.items()}
@@ -99,7 +100,7 @@ def test_wd1(name: str) -> None:
     raised, lowered = objective.weights(experience.advantages, experience.rollout.group)
     assert torch.allclose(raised, z["w_plus"], rtol=1e-5)
     assert torch.allclose(lowered, z["w_minus"], rtol=1e-5)
-    loss, _ = objective(logps, samples, experience)
+    loss = objective(logps, UpdateBatch.of(experience, samples)).loss
     # two sums of about 20 nats each, which nearly cancel in one case
     check(loss, logits, z, absolute=1e-5)
 
@@ -121,8 +122,10 @@ def test_espo(name: str) -> None:
     assert torch.allclose(objective.estimator(logps, samples).sum(-1), z["elbo"], rtol=1e-5)
     # the goldens hold ELBOs of the other two models, not their log-probabilities: any with that ELBO
     old = spread(z["old_elbo"], samples) if args["num_iterations"] > 1 else None
-    loss, figures = objective(logps, samples, experience, None, spread(z["ref_elbo"], samples), old)
-    check(loss, logits, z, lambda gradient: gradient.transpose(0, 1))
+    reference = spread(z["ref_elbo"], samples)
+    result = objective(logps, UpdateBatch.of(experience, samples, old=old, reference=reference))
+    figures = result.figures
+    check(result.loss, logits, z, lambda gradient: gradient.transpose(0, 1))
     metrics = args["metrics"]
     assert float(figures["clip_ratio"].mean()) == pytest.approx(metrics["clip_ratio/region_mean"][0])
     if args["beta"]:
@@ -167,13 +170,14 @@ def test_dllm_rl(name: str, joined: bool) -> None:
         kl_average="sum",
     )
     assert objective.needs == {"old"}
-    loss, _ = objective(placed(logps), samples, experience, old=placed(old))
+    batch = UpdateBatch.of(experience, samples, old=placed(old))
+    loss = objective(placed(logps), batch).loss
     check(loss, logits, z, lambda gradient: gradient)
     if not joined:
         return
     # a case is one group, hence both norms the same
     objective.loss_norm = "group"
-    grouped, _ = objective(placed(logps), samples, experience, old=placed(old))
+    grouped = objective(placed(logps), batch).loss
     assert grouped.item() == pytest.approx(loss.item(), rel=1e-6)
 
 
@@ -190,7 +194,8 @@ def test_the_kl_of_the_released_code_is_the_first_estimator() -> None:
     for kl_estimator in ("k1", "k2", "k3"):
         objective = GRPO(0.2, "token", "draws", "batch", 0.01, kl_estimator, "old", "sum")
         old = (z["old_logp"][:, -c:] * scored).unsqueeze(1)
-        found[kl_estimator] = objective(logps.unsqueeze(1), samples, experience, old=old)[0].item()
+        batch = UpdateBatch.of(experience, samples, old=old)
+        found[kl_estimator] = objective(logps.unsqueeze(1), batch).loss.item()
     close = [key for key, value in found.items() if value == pytest.approx(z["loss"].item(), rel=1e-5)]
     assert close == ["k1"]
 
@@ -201,7 +206,7 @@ def test_a_changed_setting_is_seen() -> None:
     samples, experience, _, logps = one_draw(z)
     old = z["old_per_token_logps"].unsqueeze(1) * samples.scored
     for objective in (GRPO(args["epsilon"] - 0.01), GRPO(args["epsilon"], average="draws")):
-        loss, _ = objective(logps, samples, experience, old=old)
+        loss = objective(logps, UpdateBatch.of(experience, samples, old=old)).loss
         assert loss.item() != pytest.approx(z["loss"].item(), rel=1e-3)
     z, args = load("espo_beta0_mc1")
     tokens = z["perturbed"].transpose(0, 1)

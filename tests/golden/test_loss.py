@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spg.algorithms.estimators import ELBO, EUBO, LikelihoodEstimator, Mixture, Sandwich, Zero
 from spg.algorithms.objectives.spg import SPG
-from spg.core.types import Experience, MaskedSamples
+from spg.core.types import Experience, MaskedSamples, UpdateBatch
 from tests.helpers import GOLDEN, experience_of, golden
 
 CASES = sorted(path.name for path in (GOLDEN / "spg_loss").glob("*.npz"))
@@ -59,7 +59,8 @@ def ours(name: str) -> tuple[float, Tensor]:
     """Return our loss and its gradient with respect to the stored logits."""
     z, args, samples, experience = case_of(name)
     logits = z["logits"].requires_grad_()
-    loss, _ = SPG(Sandwich(ELBO(), estimator_of(args)))(token_logps(z, args, logits), samples, experience)
+    objective = SPG(Sandwich(ELBO(), estimator_of(args)))
+    loss = objective(token_logps(z, args, logits), UpdateBatch.of(experience, samples)).loss
     loss.backward()
     assert logits.grad is not None
     return loss.item(), logits.grad

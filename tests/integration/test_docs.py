@@ -117,7 +117,7 @@ def test_pages_on_extending_have_a_class_its_file_and_a_test() -> None:
 
 
 def test_code_of_the_pages_on_extending_works(tmp_path: Path) -> None:
-    """One project with the parts of all pages: their tests pass, and a run uses all of them but the model."""
+    """One project with the parts of all pages: their tests pass, and a run uses them, but no objective."""
     for part in PARTS:
         documents.lay_out(DOCS / "extending" / f"{part}.md", tmp_path)
     lines = [
@@ -127,7 +127,7 @@ def test_code_of_the_pages_on_extending_works(tmp_path: Path) -> None:
         "from spg.train import main",
         "main()",
     ]
-    options = "estimator=plain masking=suffix advantage=ranked task=sorting pretrain.steps=2"
+    options = "estimator=plain masking=suffix advantage=ranked task=sorting model=looped pretrain.steps=2"
     short = "experiment=quick trainer.threads=1 trainer.max_updates=4 trainer.prompts_per_rollout=2"
     environment = {name: text for name, text in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"SPG_CACHE": str(tmp_path / "cache"), "PYTHONPATH": f"{tmp_path}:{ROOT}"}

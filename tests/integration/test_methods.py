@@ -14,7 +14,7 @@ from torch import Tensor
 from spg import config
 from spg.cli.train import resume
 from spg.core.files import read_csv
-from spg.core.types import Experience, MaskedSamples
+from spg.core.types import Experience, MaskedSamples, UpdateBatch
 from spg.models.policy import Policy
 from spg.rollout.decoder import Decoder
 from spg.training.module import Training
@@ -85,7 +85,7 @@ def test_what_a_method_does_not_read_is_told() -> None:
 
 
 REFUSED = [
-    ("algorithm=vrpo group_size=4", "group_size=4, but a preference is between two.*give group_size=2"),
+    ("algorithm=vrpo group_size=4", "group_size=4, but DPO compares 2 completions.*give group_size=2"),
     ("algorithm=espo num_mc=3", "num_mc=3 is odd: complementary pairs.*set num_mc=4"),
     ("masking.draws=antithetic num_mc=5", "num_mc=5 is odd: antithetic pairs"),
     ("algorithm=wd1 algorithm.normalization=per_token", "WD1 needs log-likelihoods of whole sequences"),
@@ -167,15 +167,14 @@ def test_micro_batches_change_no_gradient_of_any_method(method: str) -> None:
         policy = small_policy()
         experience, rounds, module = experience_for(policy, method)
         module.micro_batch_size = size
-        module.manual_backward = lambda loss: loss.backward()
-        old = module.old_logps(experience, rounds[1], 1)
-        assert (old is not None) == ("old" in module.objective.needs)
+        batch = module.batch(experience, rounds[1], 1)
+        assert (batch.old is not None) == ("old" in module.objective.needs)
         moved(policy)
-        loss, figures = module.backward_through(experience, rounds[1], old)
+        result = module.gradient.add(batch)
         gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
-        assert all(figure.shape == (8,) for figure in figures.values())
+        assert all(figure.shape == (8,) for figure in result.figures.values())
         assert gradient.isfinite().all()
-        gradients.append((float(loss), gradient))
+        gradients.append((float(result.loss), gradient))
     assert float(gradients[0][1].norm()) > 1e-3
     for loss, gradient in gradients[1:]:
         assert loss == pytest.approx(gradients[0][0], rel=1e-5, abs=1e-6)
@@ -186,39 +185,38 @@ def test_micro_batches_change_no_gradient_of_any_method(method: str) -> None:
 def test_the_first_update_needs_no_old_policy_since_it_is_that(method: str) -> None:
     policy = small_policy()
     experience, rounds, module = experience_for(policy, method)
-    assert module.old_logps(experience, rounds[0], 0) is None
-    computed = module.old_logps(experience, rounds[0], 1)
-    module.manual_backward = lambda loss: loss.backward()
-    loss, figures = module.backward_through(experience, rounds[0], None)
+    first, later = (module.batch(experience, rounds[0], inner) for inner in (0, 1))
+    assert first.old is None
+    assert later.old is not None
+    result = module.gradient.add(first)
     gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
     policy.zero_grad()
-    again, _ = module.backward_through(experience, rounds[0], computed)
+    again = module.gradient.add(later).loss
     other = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
-    assert float(loss) == pytest.approx(float(again), abs=1e-6)
+    assert float(result.loss) == pytest.approx(float(again), abs=1e-6)
     assert torch.allclose(gradient, other, atol=1e-6)
     learned = module.objective.learns_from(experience)
-    assert torch.allclose(figures["ratio"][learned], torch.ones(int(learned.sum())))
-    assert not figures["clip_ratio"].any()
+    assert torch.allclose(result.figures["ratio"][learned], torch.ones(int(learned.sum())))
+    assert not result.figures["clip_ratio"].any()
 
 
 def test_the_old_policy_is_the_one_before_the_rollout_s_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its log-probabilities are taken under the masks of each update, before any of them."""
     policy = small_policy()
     experience, rounds, module = experience_for(policy, "d1")
-    before = module.old_logps(experience, rounds[1], 1)
+    before = module.batch(experience, rounds[1], 1).old
     seen: list[Tensor | None] = []
 
-    def update(experience: Experience, samples: MaskedSamples, old: Tensor | None = None) -> dict[str, float]:
-        seen.append(old)
+    def update(batch: UpdateBatch) -> dict[str, float]:
+        seen.append(batch.old)
         moved(policy)
         return {}
 
     monkeypatch.setattr(module, "update", update)
-    monkeypatch.setattr("spg.training.module.collect", lambda *_: (experience, None))
-    monkeypatch.setattr(module, "_rollout_metrics", lambda *_: {"reward": 0.0})
+    monkeypatch.setattr(module, "collect", lambda _: experience)
     monkeypatch.setattr(module.masking, "rounds", lambda *_: rounds)
     module.mu, module.max_updates = 2, 3
-    module.training_step(0, 0)
+    module.training_step([], 0)
     assert seen[0] is None
     assert before is not None
     assert seen[1] is not None

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from spg.cli.train import resume
 from spg.config import ConfigError
 from spg.core.world import World
-from spg.rollout.collect import evaluate
+from spg.evaluation.completer import Completer
+from spg.evaluation.evaluator import evaluate
 from spg.rollout.decoder import Decoder
 from spg.runs.status import read_status
 from spg.tasks.sudoku import Sudoku
@@ -169,7 +170,8 @@ def test_shares_of_an_evaluation_cover_each_item_once(processes: int) -> None:
     policy, task = small_policy(), Sudoku(train_size=8, eval_size=7)
     decoder = Decoder(24, 12, 8, temperature=1.0)
     examples = task.examples("test")
-    whole = evaluate(policy, decoder, task, examples, 3, seed=5)
+    complete = Completer(policy, decoder, task, seed=5)
+    whole = evaluate(complete, task, examples, 3)
     shares: list[list] = []
 
     class Alone(World):
@@ -186,8 +188,8 @@ def test_shares_of_an_evaluation_cover_each_item_once(processes: int) -> None:
             return [row for share in shares for row in share]
 
     for rank in range(processes):
-        evaluate(policy, decoder, task, examples, 2, 5, Alone(rank, processes))
-    joined = evaluate(policy, decoder, task, examples, 2, 5, Last(0, processes))
+        evaluate(complete, task, examples, 2, Alone(rank, processes))
+    joined = evaluate(complete, task, examples, 2, Last(0, processes))
     assert joined.texts == whole.texts
     assert joined.measures["accuracy"].tolist() == whole.measures["accuracy"].tolist()
 

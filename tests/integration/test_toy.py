@@ -14,6 +14,7 @@ from spg.cli import evaluate, export
 from spg.cli.train import resume, start
 from spg.core.errors import Interrupted
 from spg.core.files import read_csv
+from spg.evaluation.settings import merge_settings
 from spg.runs import directory as runs
 from spg.runs.status import read_status
 from spg.tasks.question_answering import Questions
@@ -61,7 +62,7 @@ def whole(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def completions(folder: Path, *overrides: str, model: int = -1) -> list[str]:
     """Evaluate in this process and return the texts of the model of that place in the results."""
     lines = [*EVALUATION, *overrides]
-    evaluate.start(evaluate.settings(config.compose("evaluate", lines), lines), folder)
+    evaluate.start(merge_settings(config.compose("evaluate", lines), lines), folder)
     record = json.loads((folder / "results.json").read_text())
     name = list(record["results"])[model]
     found = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]

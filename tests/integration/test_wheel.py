@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,25 @@ from tests.helpers import ROOT
 
 BUILD = "import sys, setuptools.build_meta as b; print(getattr(b, 'build_' + sys.argv[1])(sys.argv[2]))"
 
+# asks a coding task about a right and a wrong program, or says that the kernel grants no namespaces
+SANDBOX = """
+from spg.core.errors import InputError
+from spg.tasks.mbpp import MBPP
+
+task = MBPP()
+right, wrong = "def double(x): return 2 * x", "def double(x): return x"
+row = {"task_id": 1, "text": "Double a number.", "code": right, "test_list": ["assert double(2) == 4"]}
+example = task.example(row)
+try:
+    print(task.fraction(example, right), task.fraction(example, wrong))
+except InputError as error:
+    print("no namespaces:", error)
+"""
+
 
 def _run(*line: str, cwd: Path) -> str:
-    done = subprocess.run(line, capture_output=True, text=True, cwd=cwd, check=False)
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -48,18 +65,22 @@ def test_a_wheel_trains_outside_of_the_checkout(source: Path, tmp_path: Path) ->
 
     # the libraries are those of this environment, spg is the wheel's alone
     _run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv"), cwd=tmp_path)
-    inside = next((tmp_path / "venv").glob("lib/python3.*/site-packages"))
-    with zipfile.ZipFile(tmp_path / built) as file:
-        file.extractall(inside)
+    places = tmp_path / "venv" / "bin"
+    pip = (sys.executable, "-m", "pip", "--python", str(places / "python"))
+    _run(*pip, "install", "--quiet", "--no-deps", "--no-index", str(tmp_path / built), cwd=tmp_path)
+    (inside,) = (tmp_path / "venv").glob("lib/python3.*/site-packages")
+    (inside / "libraries.pth").write_text(str(Path(pytest.__file__).parent.parent))
     outside = tmp_path / "outside"
     outside.mkdir()
-    (inside / "libraries.pth").write_text(str(Path(pytest.__file__).parent.parent))
-    python = str(tmp_path / "venv" / "bin" / "python")
-    where = _run(python, "-c", "import spg; print(spg.__file__)", cwd=outside)
+    where = _run(str(places / "python"), "-c", "import spg; print(spg.__file__)", cwd=outside)
     assert Path(where.strip()).is_relative_to(tmp_path)
     line = ("experiment=quick", "trainer.threads=1", f"hydra.run.dir={tmp_path / 'run'}")
-    _run(python, "-m", "spg.train", *line, cwd=outside)
+    _run(str(places / "python"), "-m", "spg.train", *line, cwd=outside)
     assert (tmp_path / "run" / "weights.safetensors").exists()
+    assert "estimator=mixture" in _run(str(places / "spg"), "train", "--help", cwd=outside)
+    # a program of the sandbox runs, with the guest's files that the wheel holds
+    judged = _run(str(places / "python"), "-c", SANDBOX, cwd=outside)
+    assert judged.split() == ["1.0", "0.0"] or "no namespaces" in judged
 
 
 @pytest.mark.long

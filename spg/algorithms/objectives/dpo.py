@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from spg.algorithms.estimators import LikelihoodEstimator
-from spg.algorithms.objectives.terms import required
+from spg.algorithms.objectives.base import ObjectiveResult
+from spg.algorithms.objectives.terms import require_reference
 from spg.core.combinations import check_sums
-from spg.core.limits import check_limits
-from spg.core.types import Cohort, Experience, MaskedSamples
+from spg.core.rules import NotNegative, Positive, checked
+from spg.core.types import Experience, UpdateBatch
 
 
 class DPO:
@@ -18,17 +19,25 @@ class DPO:
 
     A group holds two sequences, of which the one with the higher advantage is chosen; a tie is no
     preference and teaches nothing. B and B_ref are the bounds of the policy and of the model before
-    training under the same masks (VRPO's antithetic sampling). sft_coef: of minus B(chosen) a position of
-    its region, added to each preference's loss.
-    Raises ValueError where the estimator's normalization is not elbo_weight.
+    training under the same masks (VRPO's antithetic sampling).
+
+    Args:
+        estimator: of the bound B.
+        dpo_beta: how strongly the policy is held to the model before training.
+        sft_coef: of minus B(chosen) per position of its region, added to each preference's loss.
+
+    Raises:
+        ValueError: if the estimator's normalization is not elbo_weight.
     """
 
-    # for the configuration check: see spg.config.parts
+    # facts for the configuration check, see spg.config.parts
     needs_sums = True
     completions_per_prompt = 2
 
-    def __init__(self, estimator: LikelihoodEstimator, dpo_beta: float, sft_coef: float = 0.0) -> None:
-        check_limits(dpo_beta=dpo_beta, sft_coef=sft_coef)
+    @checked
+    def __init__(
+        self, estimator: LikelihoodEstimator, dpo_beta: Positive, sft_coef: NotNegative = 0.0
+    ) -> None:
         check_sums(estimator.normalization, estimator.adaptive is not None, "DPO")
         self.estimator = estimator
         self.dpo_beta = dpo_beta
@@ -36,31 +45,24 @@ class DPO:
         self.needs = frozenset({"reference"})
 
     def learns_from(self, experience: Experience) -> Tensor:
-        """Return bool [B]: sequences of a pair with a preference; ValueError for groups that are no pairs."""
+        """Return bool [B]: sequences of a pair with a preference; ValueError if groups are not pairs."""
         other = partners(experience.rollout.group)
         return experience.advantages != experience.advantages[other]
 
-    def __call__(
-        self,
-        token_logps: Tensor,
-        samples: MaskedSamples,
-        experience: Experience,
-        cohort: Cohort | None = None,
-        reference: Tensor | None = None,
-        old: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (this process's share of the loss [], figures {name: [B]}) of samples' [B M T].
+    def __call__(self, token_logps: Tensor, batch: UpdateBatch) -> ObjectiveResult:
+        """Compute the loss from log-probabilities [B M T].
 
-        reference [B M T]: ValueError where it is missing; so for groups that are no pairs. Both sequences
-        of a pair have its margin, dpo_beta ((B - B_ref)(chosen) - ...), as their figure.
+        Both sequences of a pair have its margin, dpo_beta ((B - B_ref)(chosen) - ...), as their figure.
+
+        Raises:
+            ValueError: if the batch has no reference, or groups are not pairs.
         """
-        if cohort is None:
-            cohort = Cohort.of(experience, samples)
-        advantages, other = experience.advantages, partners(experience.rollout.group)
+        samples, cohort, advantages = batch.samples, batch.cohort, batch.experience.advantages
+        other = partners(batch.experience.rollout.group)
         preferred = cohort.advantages > cohort.advantages[partners(cohort.group)]
         preferences = preferred.sum().clamp_min(1)
         bound = self.estimator(token_logps, samples).sum(-1)
-        before = self.estimator(required(reference, "reference", "DPO"), samples).sum(-1)
+        before = self.estimator(require_reference(batch, "DPO"), samples).sum(-1)
         gain = self.dpo_beta * (bound - before)
         margin = (gain - gain[other]) * (advantages - advantages[other]).sign()
         losses = -logsigmoid(margin)
@@ -68,11 +70,15 @@ class DPO:
             losses = losses - self.sft_coef * bound / samples.lengths.clamp_min(1)
         loss = (losses * (advantages > advantages[other])).sum() / preferences
         figures = {"dpo/margin": margin, "dpo/accuracy": (margin > 0).float(), "bound/lower": bound}
-        return loss, {name: figure.detach() for name, figure in figures.items()}
+        return ObjectiveResult(loss, figures)
 
 
 def partners(group: Tensor) -> Tensor:
-    """Return the row of each sequence's pair [N], from group numbers [N]; ValueError where one has none."""
+    """Return the row of each sequence's partner [N], from group numbers [N].
+
+    Raises:
+        ValueError: if a group does not hold two sequences.
+    """
     together = group.unsqueeze(1) == group
     if bool((together.sum(1) != 2).any()):
         sizes = sorted(set(together.sum(1).tolist()))

@@ -6,34 +6,49 @@ import torch
 from torch import Tensor
 
 from spg.algorithms.estimators import LikelihoodEstimator
-from spg.algorithms.objectives.terms import clipped, kl_estimates, own_shares, required
+from spg.algorithms.objectives.base import ObjectiveResult
+from spg.algorithms.objectives.terms import (
+    LossNorm,
+    clip_surrogate,
+    kl_estimates,
+    normalize_own,
+    require_reference,
+)
 from spg.core.combinations import check_sums
-from spg.core.limits import check_limits
-from spg.core.types import Cohort, Experience, MaskedSamples
+from spg.core.rules import NotNegative, Share, checked
+from spg.core.types import Experience, UpdateBatch
 
 
 class ESPO:
     """Minus min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), r = exp((B - B_old) / n), plus a KL estimate.
 
     B is the log-likelihood bound of a sequence, B_old that of the policy that made the rollout under the
-    same masks, n the number of positions in its region. kl_coef: of (B_ref - B)^2 / (2 n), nats a token, to
-    the model before training. The loss is the mean over each prompt's sequences, and over prompts
-    (loss_norm=`group`), or over all sequences (`batch`). epsilon_high: None for epsilon.
-    Raises ValueError where the estimator's normalization is not elbo_weight.
+    same masks, n the number of positions in its region.
+
+    Args:
+        estimator: of the bound B.
+        epsilon: how far below 1 the ratio may go.
+        epsilon_high: how far above 1 the ratio may go; None for epsilon.
+        kl_coef: of (B_ref - B)^2 / (2 n), in nats per token, to the model before training.
+        loss_norm: `group`: the loss is the mean over each prompt's sequences, then over prompts; `batch`: the
+            mean over all sequences.
+
+    Raises:
+        ValueError: if the estimator's normalization is not elbo_weight.
     """
 
-    # for the configuration check: see spg.config.parts
+    # facts for the configuration check, see spg.config.parts
     needs_sums = True
 
+    @checked
     def __init__(
         self,
         estimator: LikelihoodEstimator,
-        epsilon: float,
-        epsilon_high: float | None = None,
-        kl_coef: float = 0.0,
-        loss_norm: str = "group",
+        epsilon: Share,
+        epsilon_high: NotNegative | None = None,
+        kl_coef: NotNegative = 0.0,
+        loss_norm: LossNorm = "group",
     ) -> None:
-        check_limits(epsilon=epsilon, epsilon_high=epsilon_high, kl_coef=kl_coef, loss_norm=loss_norm)
         check_sums(estimator.normalization, estimator.adaptive is not None, "ESPO")
         self.estimator = estimator
         self.epsilon = epsilon
@@ -43,36 +58,28 @@ class ESPO:
         self.needs = frozenset({"old", "reference"} if kl_coef > 0 else {"old"})
 
     def learns_from(self, experience: Experience) -> Tensor:
-        """Return bool [B]: sequences whose advantage is not 0; all, where the loss has a KL divergence."""
+        """Return bool [B]: sequences whose advantage is not 0; all, if the loss has a KL divergence."""
         return (experience.advantages != 0) | (self.kl_coef > 0)
 
-    def __call__(
-        self,
-        token_logps: Tensor,
-        samples: MaskedSamples,
-        experience: Experience,
-        cohort: Cohort | None = None,
-        reference: Tensor | None = None,
-        old: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (this process's share of the loss [], figures {name: [B]}) of samples' [B M T].
+    def __call__(self, token_logps: Tensor, batch: UpdateBatch) -> ObjectiveResult:
+        """Compute the loss from log-probabilities [B M T].
 
-        reference [B M T]: needed with kl_coef > 0; ValueError where it is missing then. old [B M T]:
-        log-probabilities of the policy that made the rollout; None where that is this one.
+        Raises:
+            ValueError: if kl_coef > 0 and the batch has no reference.
         """
-        if cohort is None:
-            cohort = Cohort.of(experience, samples)
+        samples, cohort = batch.samples, batch.cohort
         bound = self.estimator(token_logps, samples).sum(-1)
-        before = bound.detach() if old is None else self.estimator(old, samples).sum(-1)
+        before = bound.detach() if batch.old is None else self.estimator(batch.old, samples).sum(-1)
         lengths = samples.lengths.clamp_min(1)
-        terms, ratio, active = clipped(
-            (bound - before) / lengths, experience.advantages, self.epsilon, self.epsilon_high
+        terms, ratio, active = clip_surrogate(
+            (bound - before) / lengths, batch.experience.advantages, self.epsilon, self.epsilon_high
         )
         ones = torch.ones_like(cohort.lengths)
-        loss = -own_shares(terms, ones, cohort, self.loss_norm).sum()
+        loss = -normalize_own(terms, ones, cohort, self.loss_norm).sum()
         figures = {"bound/lower": bound, "ratio": ratio, "clip_ratio": active.float()}
         if self.kl_coef > 0:
-            other = required(reference, "reference", f"kl_coef={self.kl_coef}")
-            figures["kl"] = kl_estimates(self.estimator(other, samples).sum(-1) - bound, "k2") / lengths
-            loss = loss + self.kl_coef * own_shares(figures["kl"], ones, cohort, self.loss_norm).sum()
-        return loss, {name: figure.detach() for name, figure in figures.items()}
+            reference = require_reference(batch, f"kl_coef={self.kl_coef}")
+            other = self.estimator(reference, samples).sum(-1)
+            figures["kl"] = kl_estimates(other - bound, "k2") / lengths
+            loss = loss + self.kl_coef * normalize_own(figures["kl"], ones, cohort, self.loss_norm).sum()
+        return ObjectiveResult(loss, figures)

@@ -1,49 +1,69 @@
 """GRPO for masked diffusion: clipped ratios under the masks of the update.
 
 One loss, of which diffu-GRPO (D1, arXiv 2504.12216), coupled-GRPO (arXiv 2506.20639), UniGRPO (arXiv
-2505.15809) and step-wise policy gradients are settings; what sets these apart is mostly their masks.
+2505.15809) and step-wise policy gradients are settings. They differ mostly in their masks.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from spg.algorithms.objectives.terms import clipped, divergence, kl_estimates, own_shares, required
-from spg.core.limits import check_limits
-from spg.core.types import Cohort, Experience, MaskedSamples
+from spg.algorithms.objectives.base import ObjectiveResult
+from spg.algorithms.objectives.terms import (
+    KLEstimator,
+    LossNorm,
+    clip_surrogate,
+    divergence,
+    kl_estimates,
+    normalize_own,
+    require_reference,
+)
+from spg.core.rules import NotNegative, Share, checked
+from spg.core.types import Cohort, Experience, UpdateBatch
 
 
 class GRPO:
     """Minus the clipped surrogate min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), plus a KL divergence.
 
-    ratio: of the policy to the one that made the rollout, under the same masks. `token`: one for each
-    scored token of each draw; `step`: one for each draw, the product of its scored tokens' ratios (where
-    draws are decoding steps: the probability of what the step committed).
-    average: `tokens`, every scored token counts the same; `draws`, the mean over each draw's scored
-    tokens, then over the draws that score any; `sum`, summed over a sequence, the mean over sequences.
-    With ratio=step a draw has one term, which counts once in `draws` and `sum`. loss_norm: the average
-    is taken over each prompt's group, and the groups averaged (`group`), or over the whole update (`batch`).
-    kl_coef: of the KL divergence per scored token to the model before training (kl_to=`reference`) or to
-    the policy that made the rollout (`old`). kl_average: `same`, averaged over tokens and draws as above;
-    `sum`, summed over a draw's tokens and averaged over draws. epsilon_high: None for epsilon.
-    Raises ValueError for ratio=step with average=tokens.
+    The ratio r is of the policy to the one that made the rollout, under the same masks.
+
+    Args:
+        epsilon: how far below 1 the ratio may go.
+        ratio: `token`: one ratio for each scored token of each draw; `step`: one for each draw, the product
+            of its scored tokens' ratios (if draws are decoding steps: the probability of what the step
+            committed), so that a draw has one term.
+        average: `tokens`: every scored token counts the same; `draws`: the mean over each draw's scored
+            tokens, then over the draws that score any; `sum`: the sum over a sequence, then the mean over
+            sequences.
+        loss_norm: `group`: the average is taken over each prompt's group, then over groups; `batch`: over the
+            whole update.
+        kl_coef: of the KL divergence per scored token.
+        kl_estimator: how the divergence is estimated, see `kl_estimates`.
+        kl_to: to the model before training (`reference`) or to the policy that made the rollout (`old`).
+        kl_average: `same`: averaged over tokens and draws as above; `sum`: summed over a draw's tokens and
+            averaged over draws.
+        epsilon_high: how far above 1 the ratio may go; None for epsilon.
+
+    Raises:
+        ValueError: for ratio=step with average=tokens.
     """
 
+    @checked
     def __init__(
         self,
-        epsilon: float,
-        ratio: str = "token",
-        average: str = "tokens",
-        loss_norm: str = "group",
-        kl_coef: float = 0.0,
-        kl_estimator: str = "k3",
-        kl_to: str = "reference",
-        kl_average: str = "same",
-        epsilon_high: float | None = None,
+        epsilon: Share,
+        ratio: Literal["token", "step"] = "token",
+        average: Literal["tokens", "draws", "sum"] = "tokens",
+        loss_norm: LossNorm = "group",
+        kl_coef: NotNegative = 0.0,
+        kl_estimator: KLEstimator = "k3",
+        kl_to: Literal["reference", "old"] = "reference",
+        kl_average: Literal["same", "sum"] = "same",
+        epsilon_high: NotNegative | None = None,
     ) -> None:
-        check_limits(epsilon=epsilon, ratio=ratio, average=average, loss_norm=loss_norm, kl_coef=kl_coef)
-        check_limits(kl_estimator=kl_estimator, kl_to=kl_to, kl_average=kl_average, epsilon_high=epsilon_high)
         if ratio == "step" and average == "tokens":
             raise ValueError(
                 "ratio=step has one term a draw, which average=tokens would have to count once a token; "
@@ -61,32 +81,24 @@ class GRPO:
         self.needs = frozenset({"old", "reference"} if kl_coef > 0 and kl_to == "reference" else {"old"})
 
     def learns_from(self, experience: Experience) -> Tensor:
-        """Return bool [B]: sequences whose advantage is not 0; all, where the loss has a KL divergence."""
+        """Return bool [B]: sequences whose advantage is not 0; all, if the loss has a KL divergence."""
         return (experience.advantages != 0) | (self.kl_coef > 0)
 
-    def __call__(
-        self,
-        token_logps: Tensor,
-        samples: MaskedSamples,
-        experience: Experience,
-        cohort: Cohort | None = None,
-        reference: Tensor | None = None,
-        old: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (this process's share of the loss [], figures {name: [B]}) of samples' [B M T].
+    def __call__(self, token_logps: Tensor, batch: UpdateBatch) -> ObjectiveResult:
+        """Compute the loss from log-probabilities [B M T].
 
-        reference [B M T]: needed with kl_coef > 0 and kl_to=reference; ValueError where it is missing then.
-        old [B M T]: log-probabilities of the policy that made the rollout; None where that is this one.
+        Raises:
+            ValueError: if kl_coef > 0 with kl_to=reference and the batch has no reference.
         """
-        if cohort is None:
-            cohort = Cohort.of(experience, samples)
-        if old is None:
-            old = token_logps.detach()
+        samples, cohort = batch.samples, batch.cohort
+        old = token_logps.detach() if batch.old is None else batch.old
         log_ratio = (token_logps - old).masked_fill(~samples.scored, 0.0)
         counted = samples.scored
         if self.ratio == "step":
             log_ratio, counted = log_ratio.sum(-1, keepdim=True), counted.any(-1, keepdim=True)
-        terms, ratio, active = clipped(log_ratio, experience.advantages, self.epsilon, self.epsilon_high)
+        terms, ratio, active = clip_surrogate(
+            log_ratio, batch.experience.advantages, self.epsilon, self.epsilon_high
+        )
         loss = -self._averaged(terms, counted, cohort, self.average).sum()
         number = counted.sum((1, 2)).clamp_min(1)
         figures = {
@@ -96,12 +108,12 @@ class GRPO:
         if self.kl_coef > 0:
             other = old
             if self.kl_to == "reference":
-                other = required(reference, "reference", f"kl_coef={self.kl_coef} with kl_to=reference")
+                other = require_reference(batch, f"kl_coef={self.kl_coef} with kl_to=reference")
             figures["kl"] = divergence(token_logps, other, samples, self.kl_estimator)
             excess = kl_estimates((other - token_logps).masked_fill(~samples.scored, 0.0), self.kl_estimator)
             average = self.average if self.kl_average == "same" else "summed draws"
             loss = loss + self.kl_coef * self._averaged(excess, samples.scored, cohort, average).sum()
-        return loss, {name: figure.detach() for name, figure in figures.items()}
+        return ObjectiveResult(loss, figures)
 
     def _averaged(self, terms: Tensor, counted: Tensor, cohort: Cohort, average: str) -> Tensor:
         """Return each sequence's share [B] of the average of terms [B M K] where `counted` [B M K]."""
@@ -109,4 +121,4 @@ class GRPO:
         if average == "draws":
             draws = draws / counted.sum(-1).clamp_min(1)
         sizes = {"tokens": cohort.scored, "sum": torch.ones_like(cohort.scored)}.get(average, cohort.draws)
-        return own_shares(draws.sum(-1), sizes, cohort, self.loss_norm)
+        return normalize_own(draws.sum(-1), sizes, cohort, self.loss_norm)

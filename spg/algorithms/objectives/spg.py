@@ -9,31 +9,40 @@ import torch
 from torch import Tensor
 
 from spg.algorithms.estimators import AdaptiveOmega, Sandwich
-from spg.algorithms.objectives.terms import divergence, required, shares
+from spg.algorithms.objectives.base import ObjectiveResult
+from spg.algorithms.objectives.terms import LossNorm, divergence, normalize, require_reference
 from spg.core.combinations import check_length_counted_once
-from spg.core.limits import check_limits
-from spg.core.types import Cohort, Experience, MaskedSamples
+from spg.core.rules import NotNegative, checked
+from spg.core.types import Experience, UpdateBatch
 
 
 class SPG:
-    """Minus the advantage-weighted bounds: the lower one where A > 0, the upper one elsewhere.
+    """Minus the advantage-weighted bounds: the lower one if A > 0, the upper one otherwise.
 
-    With length weighting, as released: loss = - sum_j A_j L_j n_j / sum_j n_j, where n_j counts the
-    scorable positions of sequence j and both sums run over one prompt's group, the groups being
-    averaged (`loss_norm=group`), or over the whole update (`batch`). Without it: the plain mean of
-    - A_j L_j over the same sequences, for bounds that are sums over tokens (`elbo_weight`).
-    kl_coef: of the KL divergence to the reference model, added with the same weights; 0, as published,
-    needs no reference. Raises ValueError where length would be counted twice.
+    With length weighting, as in the released code: loss = - sum_j A_j L_j n_j / sum_j n_j, where n_j counts
+    the scorable positions of sequence j. Without it: the plain mean of - A_j L_j over the same sequences, for
+    bounds that are sums over tokens (`elbo_weight`).
+
+    Args:
+        sandwich: the estimators of both bounds.
+        loss_norm: `group`: both sums run over the sequences of one prompt, and the prompts are averaged;
+            `batch`: they run over the whole update.
+        length_weighting: whether a sequence counts by its length.
+        kl_coef: of the KL divergence to the model before training, added with the same weights. With 0, as
+            published, no reference is needed.
+
+    Raises:
+        ValueError: if length would be counted twice.
     """
 
+    @checked
     def __init__(
         self,
         sandwich: Sandwich,
-        loss_norm: str = "group",
+        loss_norm: LossNorm = "group",
         length_weighting: bool = True,
-        kl_coef: float = 0.0,
+        kl_coef: NotNegative = 0.0,
     ) -> None:
-        check_limits(loss_norm=loss_norm, length_weighting=length_weighting, kl_coef=kl_coef)
         check_length_counted_once(sandwich.normalization, length_weighting)
         self.sandwich = sandwich
         self.loss_norm = loss_norm
@@ -44,7 +53,7 @@ class SPG:
     def learns_from(self, experience: Experience) -> Tensor:
         """Return bool [B]: sequences whose advantage is not 0 and whose estimator is not constant.
 
-        All, where the KL divergence is in the loss.
+        All of them, if the KL divergence is in the loss.
         """
         advantages = experience.advantages
         needed = torch.full_like(advantages, self.kl_coef > 0, dtype=torch.bool)
@@ -54,37 +63,29 @@ class SPG:
             needed |= advantages < 0
         return needed
 
-    def __call__(
-        self,
-        token_logps: Tensor,
-        samples: MaskedSamples,
-        experience: Experience,
-        cohort: Cohort | None = None,
-        reference: Tensor | None = None,
-        old: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (this process's share of the loss [], figures {name: [B]}) of samples' [B M T].
+    def __call__(self, token_logps: Tensor, batch: UpdateBatch) -> ObjectiveResult:
+        """Compute the loss from log-probabilities [B M T].
 
-        reference [B M T]: needed with kl_coef > 0; ValueError where it is missing then.
+        Raises:
+            ValueError: if kl_coef > 0 and the batch has no reference.
         """
-        if cohort is None:
-            cohort = Cohort.of(experience, samples)
+        samples, advantages, cohort = batch.samples, batch.experience.advantages, batch.cohort
         bounds = self.sandwich(token_logps, samples)
         lower, upper = bounds.lower.sum(-1), bounds.upper.sum(-1)
-        chosen = torch.where(experience.advantages > 0, lower, upper)
+        chosen = torch.where(advantages > 0, lower, upper)
         coefficients = self.coefficients(cohort.lengths, cohort.group)[cohort.own]
-        loss = -(coefficients * experience.advantages * chosen).sum()
+        loss = -(coefficients * advantages * chosen).sum()
         figures = {"bound/lower": lower, "bound/upper": upper, "bound/gap": upper - lower}
         if self.kl_coef > 0:
-            reference = required(reference, "reference", f"kl_coef={self.kl_coef}")
+            reference = require_reference(batch, f"kl_coef={self.kl_coef}")
             figures["kl"] = divergence(token_logps, reference, samples)
             loss = loss + self.kl_coef * (coefficients * figures["kl"]).sum()
         for name, omega in self._adaptive().items():
             sign = 1 if name.startswith("positive/") else -1
-            weight = coefficients * (sign * experience.advantages).clamp_min(0.0)
-            told = omega.figures(token_logps, samples, experience.advantages, weight)
-            figures |= {f"{name}/{key}": figure for key, figure in told.items()}
-        return loss, {name: figure.detach() for name, figure in figures.items()}
+            weight = coefficients * (sign * advantages).clamp_min(0.0)
+            compared = omega.figures(token_logps, samples, advantages, weight)
+            figures |= {f"{name}/{key}": figure for key, figure in compared.items()}
+        return ObjectiveResult(loss, figures)
 
     def _adaptive(self) -> dict[str, AdaptiveOmega]:
         """Return what `omega=auto` has learned, by the name of its metrics."""
@@ -95,13 +96,13 @@ class SPG:
         """Let `omega=auto` learn from the means of an update's figures; return what to log."""
         metrics = dict(means)
         for name, omega in self._adaptive().items():
-            told = {key: metrics.pop(key) for key in list(metrics) if key.startswith(f"{name}/")}
-            learned = omega.adapt({key.removeprefix(f"{name}/"): value for key, value in told.items()})
+            own = {key: metrics.pop(key) for key in list(metrics) if key.startswith(f"{name}/")}
+            learned = omega.adapt({key.removeprefix(f"{name}/"): value for key, value in own.items()})
             metrics |= {name + key: value for key, value in learned.items()}
         return metrics
 
     def state(self) -> dict[str, Any]:
-        """Return what `omega=auto` has learned; empty where omega is a number."""
+        """Return what `omega=auto` has learned; empty if omega is a number."""
         return {name: omega.state() for name, omega in self._adaptive().items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -112,4 +113,4 @@ class SPG:
     def coefficients(self, lengths: Tensor, group: Tensor) -> Tensor:
         """Return each sequence's share [N] of the loss, from lengths [N] and group numbers [N]."""
         sizes = lengths.float() if self.length_weighting else torch.ones_like(lengths, dtype=torch.float)
-        return shares(sizes, sizes, group, self.loss_norm)
+        return normalize(sizes, sizes, group, self.loss_norm)

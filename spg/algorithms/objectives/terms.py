@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from spg.core.types import Cohort, MaskedSamples
+from spg.core.types import Cohort, MaskedSamples, UpdateBatch
 
-LARGEST = 20.0  # nats; a larger log-ratio of an action whose ratio is not clipped raises the loss linearly
+LossNorm = Literal["group", "batch"]
+KLEstimator = Literal["k1", "k2", "k3"]
+
+# nats; above it, the ratio of an action that is not clipped grows linearly, not exponentially
+LARGEST_LOG_RATIO = 20.0
 
 
-def shares(parts: Tensor, sizes: Tensor, group: Tensor, loss_norm: str) -> Tensor:
-    """Return `parts` [N] divided by what normalises them: sums [N] of `sizes` [N].
+def normalize(parts: Tensor, sizes: Tensor, group: Tensor, loss_norm: str) -> Tensor:
+    """Divide parts of the loss by the sizes of what they are averaged over.
 
-    `group`: by the sum over the sequence's own group [N] and the number of groups; `batch`: by the sum
-    over all sequences.
+    Args:
+        parts: [N], one per sequence of the update.
+        sizes: [N], what each sequence counts.
+        group: [N], numbers of the sequences' prompts.
+        loss_norm: `group` divides by the sum over the sequence's own group and by the number of groups,
+            `batch` by the sum over all sequences.
+
+    Returns:
+        Normalised parts [N].
     """
     if loss_norm == "batch":
         return parts / sizes.sum().clamp_min(1)
@@ -24,33 +37,51 @@ def shares(parts: Tensor, sizes: Tensor, group: Tensor, loss_norm: str) -> Tenso
     return parts / totals[index] / num_groups
 
 
-def own_shares(parts: Tensor, sizes: Tensor, cohort: Cohort, loss_norm: str) -> Tensor:
-    """Return `parts` [B] of this process's sequences, normalised by `sizes` [N] of all of the cohort's."""
-    weights = shares(torch.ones_like(sizes, dtype=torch.float), sizes.float(), cohort.group, loss_norm)
+def normalize_own(parts: Tensor, sizes: Tensor, cohort: Cohort, loss_norm: str) -> Tensor:
+    """Return `normalize` of this process's `parts` [B], from the `sizes` [N] of the whole cohort."""
+    weights = normalize(torch.ones_like(sizes, dtype=torch.float), sizes.float(), cohort.group, loss_norm)
     return parts * weights[cohort.own]
 
 
-def clipped(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (min(r A, clip(r, 1 - low, 1 + high) A), r, where clipping is active) of log r; all [B ...].
+def clip_surrogate(
+    log_ratio: Tensor, advantages: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the clipped surrogate of PPO (arXiv 1707.06347, Eq. 7) for ratios r = exp(log_ratio).
 
-    advantages [B]. Where clipping is active the gradient is exactly 0, however large the ratio is.
+    If clipping is active the gradient is exactly 0, however large the ratio is.
+
+    Args:
+        log_ratio: [B ...], in nats.
+        advantages: [B].
+        low: the ratio is clipped below 1 - low.
+        high: the ratio is clipped above 1 + high.
+
+    Returns:
+        min(r A, clip(r, 1 - low, 1 + high) A), r, and whether clipping is active; each [B ...].
     """
     advantages = advantages.view(-1, *[1] * (log_ratio.dim() - 1)).expand_as(log_ratio)
     detached = log_ratio.detach().exp()
     above, below = detached > 1 + high, detached < 1 - low
     active = (above & (advantages > 0)) | (below & (advantages < 0))
-    # a ratio that overflows would make gradients infinite, and NaN where they should be 0
-    bounded = log_ratio.clamp(max=LARGEST)
+    # a ratio that overflows would make gradients infinite, and NaN if they should be 0
+    bounded = log_ratio.clamp(max=LARGEST_LOG_RATIO)
     ratio = bounded.exp() * (1 + (log_ratio - bounded))
     limit = torch.where(above, 1 + high, 1 - low)
     return torch.where(active, limit, ratio) * advantages, detached, active
 
 
 def kl_estimates(log_ratio: Tensor, estimator: str) -> Tensor:
-    """Return estimates [...], in nats, of the KL divergence of the policy to another, under its own samples.
+    """Estimate the KL divergence of the policy to another model, under the policy's own samples.
 
-    log_ratio [...]: log-probability of the other model less that of the policy, d. `k1` is -d, `k2` d^2 / 2
-    and `k3` exp(d) - d - 1; the last two are never negative and 0 where the models agree.
+    With d the log-probability of the other model less that of the policy, `k1` is -d, `k2` d^2 / 2
+    and `k3` exp(d) - d - 1 (Schulman 2020). The last two are never negative, and 0 if the models agree.
+
+    Args:
+        log_ratio: d [...], in nats.
+        estimator: k1, k2 or k3.
+
+    Returns:
+        Estimates [...], in nats.
     """
     if estimator == "k1":
         return -log_ratio
@@ -62,14 +93,20 @@ def kl_estimates(log_ratio: Tensor, estimator: str) -> Tensor:
 def divergence(
     token_logps: Tensor, reference: Tensor, samples: MaskedSamples, estimator: str = "k3"
 ) -> Tensor:
-    """Return the KL divergence to the reference, [B] nats a scored token, from log-probs [B M T]."""
+    """Return the KL divergence to the reference, [B] nats per scored token, from log-probs [B M T]."""
     log_ratio = (reference - token_logps).masked_fill(~samples.scored, 0.0)
     excess = kl_estimates(log_ratio, estimator).sum((1, 2))
     return excess / samples.scored.sum((1, 2)).clamp_min(1)
 
 
-def required(logps: Tensor | None, model: str, reason: str) -> Tensor:
-    """Return `logps` [B M T]; raises ValueError, naming `model` and who needs it, where they are None."""
-    if logps is None:
-        raise ValueError(f"{reason} needs the {model} model's log-probabilities")
-    return logps
+def require_reference(batch: UpdateBatch, user: str) -> Tensor:
+    """Return the reference model's log-probabilities [B M T].
+
+    Raises:
+        ValueError: if the batch has none; it names `user`, who needs them.
+    """
+    if batch.reference is None:
+        raise ValueError(
+            f"{user} needs the reference model's log-probabilities; give them as UpdateBatch.reference"
+        )
+    return batch.reference

@@ -6,26 +6,33 @@ import torch
 from torch import Tensor
 
 from spg.algorithms.estimators import LikelihoodEstimator
+from spg.algorithms.objectives.base import ObjectiveResult
+from spg.algorithms.objectives.terms import LossNorm
 from spg.core.combinations import check_sums
-from spg.core.limits import check_limits
-from spg.core.types import Cohort, Experience, MaskedSamples
+from spg.core.rules import checked
+from spg.core.types import Experience, UpdateBatch
 
 
 class WD1:
     """- sum_j w+_j S_j + sum_j w-_j S_j, with w+ = softmax(A), w- = softmax(-A) and S the log-likelihood.
 
-    The softmax runs over each prompt's group, and the groups' losses are averaged (loss_norm=`group`), or
-    over all sequences of the update (`batch`). positive_only: leave out the second sum.
-    Raises ValueError where the estimator's normalization is not elbo_weight.
+    Args:
+        estimator: of the log-likelihood S.
+        positive_only: leave out the second sum.
+        loss_norm: `group`: the softmax runs over the sequences of one prompt, and the prompts' losses are
+            averaged; `batch`: it runs over all sequences of the update.
+
+    Raises:
+        ValueError: if the estimator's normalization is not elbo_weight.
     """
 
-    # for the configuration check: see spg.config.parts
+    # facts for the configuration check, see spg.config.parts
     needs_sums = True
 
+    @checked
     def __init__(
-        self, estimator: LikelihoodEstimator, positive_only: bool = False, loss_norm: str = "group"
+        self, estimator: LikelihoodEstimator, positive_only: bool = False, loss_norm: LossNorm = "group"
     ) -> None:
-        check_limits(positive_only=positive_only, loss_norm=loss_norm)
         check_sums(estimator.normalization, estimator.adaptive is not None, "WD1")
         self.estimator = estimator
         self.positive_only = positive_only
@@ -33,33 +40,23 @@ class WD1:
         self.needs: frozenset[str] = frozenset()
 
     def learns_from(self, experience: Experience) -> Tensor:
-        """Return bool [B]: sequences of groups whose advantages differ; all, where equal ones count too."""
+        """Return bool [B]: sequences of groups whose advantages differ; all, if equal ones count too."""
         if self.positive_only or self.loss_norm == "batch":
             return torch.ones_like(experience.advantages, dtype=torch.bool)
         group, advantages = experience.rollout.group, experience.advantages
-        return (same(group) & (advantages.unsqueeze(1) != advantages)).any(1)
+        return (same_group(group) & (advantages.unsqueeze(1) != advantages)).any(1)
 
-    def __call__(
-        self,
-        token_logps: Tensor,
-        samples: MaskedSamples,
-        experience: Experience,
-        cohort: Cohort | None = None,
-        reference: Tensor | None = None,
-        old: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (this process's share of the loss [], figures {name: [B]}) of samples' [B M T]."""
-        if cohort is None:
-            cohort = Cohort.of(experience, samples)
-        bound = self.estimator(token_logps, samples).sum(-1)
+    def __call__(self, token_logps: Tensor, batch: UpdateBatch) -> ObjectiveResult:
+        """Compute the loss from log-probabilities [B M T]."""
+        cohort = batch.cohort
+        bound = self.estimator(token_logps, batch.samples).sum(-1)
         raised, lowered = self.weights(cohort.advantages, cohort.group)
         weights = raised if self.positive_only else raised - lowered
-        loss = -(weights[cohort.own] * bound).sum()
-        return loss, {"bound/lower": bound.detach()}
+        return ObjectiveResult(-(weights[cohort.own] * bound).sum(), {"bound/lower": bound})
 
     def weights(self, advantages: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """Return (w+, w-), each [N], of advantages [N] and group numbers [N]; each sums to 1."""
-        together = same(group) if self.loss_norm == "group" else same(torch.zeros_like(group))
+        together = same_group(group) if self.loss_norm == "group" else same_group(torch.zeros_like(group))
         num_groups = len(torch.unique(group)) if self.loss_norm == "group" else 1
 
         def softmax(values: Tensor) -> Tensor:
@@ -69,6 +66,6 @@ class WD1:
         return softmax(advantages), softmax(-advantages)
 
 
-def same(group: Tensor) -> Tensor:
+def same_group(group: Tensor) -> Tensor:
     """Return bool [N N]: whether two sequences belong to one group, by their group numbers [N]."""
     return group.unsqueeze(1) == group

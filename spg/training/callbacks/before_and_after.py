@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 import torch
 
 from spg.core.errors import RunError
+from spg.evaluation.evaluator import Evaluation
 from spg.models.weights import read_checkpoint
-from spg.rollout.collect import Evaluation
 from spg.runs.multirun import MOMENTS
 from spg.training.callbacks.validation import Validation
 from spg.training.module import Training
@@ -44,20 +44,21 @@ class BeforeAndAfter(pl.Callback):
         if module.updates < module.max_updates:
             return
         self.results["last"] = module.evaluate("test")
-        last, best = module.remembered(), read_checkpoint(self.best)
+        last, best = module.weights.copies(), read_checkpoint(self.best)
         update, chosen = best["spg"]["updates"], self.validation.best
         if chosen is None or chosen[0] != update:
             raise RunError(
                 f"{self.best} is of update {update}, but validation chose {chosen}; resume from an earlier "
                 "checkpoint of this run: resume=<its file>"
             )
-        module.fill(best["state_dict"])
+        module.weights.load(best["state_dict"])
         del best
         self.results["after"] = module.evaluate("test")
-        module.fill(last)
+        module.weights.load(last)
 
     def summary(self) -> dict[str, Any]:
-        """Return the number of examples, and each measure at each of MOMENTS with its 95% interval.
+        """Return the number of examples, and each measure at each of MOMENTS with its 95% interval
+        and the method of the interval.
 
         `after` is the best checkpoint, chosen on the validation half.
         """
@@ -65,7 +66,9 @@ class BeforeAndAfter(pl.Callback):
         for name in self.results["after"].measures:
             for moment in MOMENTS:
                 figures[f"{name}.{moment}"] = self.results[moment].mean(name)
-                figures[f"{name}.{moment}.interval"] = list(self.results[moment].interval(name))
+                interval = self.results[moment].interval(name)
+                figures[f"{name}.{moment}.interval"] = [interval.low, interval.high]
+                figures[f"{name}.{moment}.interval_method"] = interval.method
         return figures
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from spg import config
 from spg.algorithms.estimators import ELBO, EUBO, AdaptiveOmega, Mixture, Sandwich, optimum, variance
-from spg.algorithms.objectives.spg import SPG
+from spg.algorithms.objectives import SPG, ObjectiveResult
 from spg.cli.train import resume
 from spg.config import ConfigError
 from spg.core.errors import Interrupted
 from spg.core.files import read_csv
-from spg.core.types import Cohort, Experience, MaskedSamples
+from spg.core.types import Cohort, Experience, MaskedSamples, UpdateBatch
 from spg.reports.dynamics import plot_comparison, read_series
 from spg.reports.plots import plot_sweep
 from spg.reports.points import best, points
@@ -192,10 +192,16 @@ def experience(groups: tuple[int, ...] = (0, 0, 0, 1, 1, 1)) -> Experience:
     return experience_of(torch.ones(6, 5, dtype=torch.bool), advantages, group=torch.tensor(groups))
 
 
+def outcome(objective: SPG, seed: int, seen: Experience) -> ObjectiveResult:
+    """Return loss and figures of an update under the masks of `seed`."""
+    logps, samples = update_of(seed)
+    return objective(logps, UpdateBatch.of(seen, samples))
+
+
 def means(objective: SPG, seen: Experience, *seeds: int) -> dict[str, float]:
     """Return the means of the figures of the last of some updates on one rollout, as training takes them."""
     for seed in seeds:
-        _, figures = objective(*update_of(seed), seen)
+        figures = outcome(objective, seed, seen).figures
     learned = objective.learns_from(seen)
     return {name: float((figure * learned).sum() / learned.sum()) for name, figure in figures.items()}
 
@@ -212,8 +218,8 @@ def test_an_update_uses_what_earlier_ones_told_and_nothing_of_itself() -> None:
     for seed, used in ((2, 0.5), (3, None)):
         negative = objective.sandwich.negative
         before = negative.omega
-        loss, _ = objective(*update_of(seed), seen)
-        fixed, _ = SPG(Sandwich(ELBO(), Mixture(1.5, before)))(*update_of(seed), seen)
+        loss = outcome(objective, seed, seen).loss
+        fixed = outcome(SPG(Sandwich(ELBO(), Mixture(1.5, before))), seed, seen).loss
         assert torch.equal(loss, fixed)
         assert negative.omega == before, "until the update's step is taken"
         told = objective.adapt(means(objective, seen, seed - 1, seed))
@@ -251,7 +257,7 @@ def test_draws_of_another_rollout_are_not_compared() -> None:
     objective, seen = auto(), experience()
     means(objective, seen, 1)
     assert "omega/known" not in means(objective, experience(), 2)
-    shorter = replace(seen, rollout=seen.rollout.until(5))  # as an update with cut completions gets it
+    shorter = replace(seen, rollout=seen.rollout.truncate(5))  # as an update with cut completions gets it
     means(objective, seen, 1)
     assert "omega/known" in means(objective, shorter, 2)
 
@@ -259,19 +265,19 @@ def test_draws_of_another_rollout_are_not_compared() -> None:
 def test_only_negative_traces_count_by_their_share_of_the_loss() -> None:
     objective, seen = auto(), experience()
     for seed in (1, 2):
-        _, figures = objective(*update_of(seed), seen)
+        figures = outcome(objective, seed, seen).figures
     assert (figures["omega/known"] > 0).tolist() == [False, True, True, False, False, True]
     twice = auto()
     doubled = replace(seen, advantages=2 * seen.advantages)
     for seed in (1, 2):
-        _, other = twice(*update_of(seed), doubled)
+        other = outcome(twice, seed, doubled).figures
     assert torch.allclose(other["omega/lower"], 4 * figures["omega/lower"])
     assert torch.allclose(other["omega/best"], figures["omega/best"])
     alone = SPG(Sandwich(ELBO(), Mixture(1.5, "auto")), "batch")
     apart = replace(seen, rollout=replace(seen.rollout, group=torch.tensor([0, 0, 0, 0, 0, 1])))
     for objective in (twice, alone):
         for seed in (1, 2):
-            _, other = objective(*update_of(seed), apart)
+            other = outcome(objective, seed, apart).figures
         share = objective.coefficients(torch.full((6,), 5), apart.rollout.group) / (1 / 6)
         assert torch.allclose(other["omega/lower"], share.square() * figures["omega/lower"], rtol=1e-5)
 
@@ -290,14 +296,15 @@ def test_figures_are_those_of_one_process() -> None:
     whole, seen = auto(), experience()
     parts = [(slice(0, 3), auto(), seen.advantages[:3]), (slice(3, 6), auto(), seen.advantages[3:])]
     for seed in (1, 2):
-        _, expected = whole(*update_of(seed), seen)
+        expected = outcome(whole, seed, seen).figures
         found = []
         for own, objective, advantages in parts:
             rows = torch.arange(6)[own]
             logps, samples = update_of(seed)
             cohort = replace(Cohort.of(seen, samples), own=own)
             mine = replace(seen.select(rows), advantages=advantages)  # one tensor for all updates
-            found.append(objective(logps[rows], samples.select(rows), mine, cohort)[1])
+            batch = UpdateBatch(mine, samples.select(rows), cohort)
+            found.append(objective(logps[rows], batch).figures)
     for name in expected:
         assert torch.allclose(torch.cat([figures[name] for figures in found]), expected[name]), name
 

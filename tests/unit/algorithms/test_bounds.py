@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spg.algorithms.estimators import ELBO, EUBO, LikelihoodEstimator, Loose, Mixture, Sandwich, Zero
 from spg.algorithms.objectives.spg import SPG
-from spg.core.types import MaskedSamples
+from spg.core.types import MaskedSamples, UpdateBatch
 from tests import enumeration as exact
 from tests.helpers import experience_of
 
@@ -297,9 +297,10 @@ def test_length_is_counted_once_on_either_scale() -> None:
     weight = scored * region.sum(-1)[:, None, None] / scored.sum(-1, keepdim=True)
     samples = MaskedSamples(torch.zeros(4, 2, 6, dtype=torch.long), scored, weight, region)
     experience = experience_of(region, advantages=torch.tensor([1.0, -0.5, 0.3, -0.8]))
-    released, _ = SPG(Sandwich(ELBO(), ELBO()), "batch")(logps, samples, experience)
+    batch = UpdateBatch.of(experience, samples)
+    released = SPG(Sandwich(ELBO(), ELBO()), "batch")(logps, batch).loss
     sums = Sandwich(ELBO("elbo_weight"), ELBO("elbo_weight"))
-    summed, _ = SPG(sums, "batch", length_weighting=False)(logps, samples, experience)
+    summed = SPG(sums, "batch", length_weighting=False)(logps, batch).loss
     assert float(released) * int(region.sum()) == pytest.approx(float(summed) * 4, rel=1e-5)
 
 

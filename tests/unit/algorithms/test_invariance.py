@@ -12,12 +12,13 @@ from spg.algorithms.advantages import GroupMean
 from spg.algorithms.estimators import ELBO, EUBO, Mixture, Sandwich
 from spg.algorithms.masking import BlockRandom
 from spg.algorithms.objectives.spg import SPG
-from spg.core.types import Experience, MaskedSamples
+from spg.config.settings import Optimization
+from spg.core.types import Experience, MaskedSamples, UpdateBatch
 from spg.models.policy import Policy
 from spg.rollout.decoder import Decoder
 from spg.rollout.prompt_order import PromptStream
 from spg.tasks.sudoku import Sudoku
-from spg.training.module import Optimization, Training
+from spg.training.module import Training
 from tests.helpers import experience_of, small_policy
 
 MASK = 2
@@ -48,7 +49,8 @@ def value_and_gradient(
     loss_norm: str, logps: Tensor, samples: MaskedSamples, experience: Experience
 ) -> tuple[Tensor, Tensor]:
     leaf = logps.clone().requires_grad_()
-    loss, _ = SPG(Sandwich(ELBO(), Mixture(1.5, 0.5)), loss_norm)(leaf, samples, experience)
+    objective = SPG(Sandwich(ELBO(), Mixture(1.5, 0.5)), loss_norm)
+    loss = objective(leaf, UpdateBatch.of(experience, samples)).loss
     loss.backward()
     assert leaf.grad is not None
     return loss.detach(), leaf.grad
@@ -137,10 +139,9 @@ def gradient_of(
 ) -> tuple[float, Tensor, dict[str, Tensor]]:
     policy = small_policy()
     module = training(policy, estimator, micro_batch_size)
-    module.manual_backward = lambda loss: loss.backward()
-    loss, metrics = module.backward_through(*batch(seed))
+    result = module.gradient.add(module.batch(*batch(seed)))
     gradients = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
-    return float(loss), torch.cat(gradients), metrics
+    return float(result.loss), torch.cat(gradients), dict(result.figures)
 
 
 @pytest.mark.parametrize("estimator", ["mixture", "eubo"])
@@ -173,13 +174,12 @@ def test_sequences_without_advantage_are_not_computed_but_counted(
 
     monkeypatch.setattr(policy, "token_logps", spy)
     module = training(policy, "mixture", None)
-    module.manual_backward = lambda loss: loss.backward()
-    loss, _ = module.backward_through(experience, samples)
+    loss = module.gradient.add(module.batch(experience, samples)).loss
     assert seen == [4 * 3]
     rollout = experience.rollout
     mask = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.given)], -1)
     draws = zip(samples.tokens.unbind(1), samples.scored.unbind(1), strict=True)
     with torch.no_grad():
         every = [original(tokens, mask, rollout.completion_ids, scored) for tokens, scored in draws]
-    expected, _ = module.objective(torch.stack(every, 1), samples, experience)
+    expected = module.objective(torch.stack(every, 1), UpdateBatch.of(experience, samples)).loss
     assert float(loss) == pytest.approx(float(expected), abs=1e-6)

@@ -26,7 +26,7 @@ from spg.algorithms.masking import (
     Trajectory,
 )
 from spg.algorithms.objectives.spg import SPG
-from spg.core.types import Experience, MaskedSamples, Rollout
+from spg.core.types import Experience, MaskedSamples, Rollout, UpdateBatch
 from spg.rollout.decoder import Decoder
 from tests.helpers import GOLDEN, golden, rollout_of, small_policy
 from tests.unit.models.test_cache import ragged
@@ -200,7 +200,8 @@ def test_sequence_without_holes_is_left_alone() -> None:
         assert not samples.scored.any()
         assert not samples.weight.any()
         logps = torch.full(samples.scored.shape, -1.0, requires_grad=True)
-        loss, _ = SPG(Sandwich(ELBO(), Mixture(1.5, 0.5)))(logps, samples, experience)
+        objective = SPG(Sandwich(ELBO(), Mixture(1.5, 0.5)))
+        loss = objective(logps, UpdateBatch.of(experience, samples)).loss
         loss.backward()
         assert loss.item() == 0
         assert logps.grad is not None
@@ -411,7 +412,7 @@ def test_the_complementary_elbo_is_espos(name: str, monkeypatch: pytest.MonkeyPa
         prompt_mask=torch.ones_like(z["prompt_ids"], dtype=torch.bool),
         completion_ids=z["completion_ids"],
     )
-    monkeypatch.setattr("spg.algorithms.masking.choose_exactly", lambda *given: hidden[:, ::2])
+    monkeypatch.setattr("spg.algorithms.masking.random.choose_exactly", lambda *given: hidden[:, ::2])
     samples = Complementary(2 * args["num_mc"], region="all")(rollout, mask_id, 0)
     assert torch.equal(samples.tokens, perturbed)
     logps = z["logits"].transpose(0, 1)[:, :, width:].log_softmax(-1)

@@ -16,9 +16,9 @@ from spg.algorithms.objectives import Objective
 from spg.algorithms.objectives.dpo import DPO
 from spg.algorithms.objectives.espo import ESPO
 from spg.algorithms.objectives.grpo import GRPO
-from spg.algorithms.objectives.terms import LARGEST, clipped
+from spg.algorithms.objectives.terms import LARGEST_LOG_RATIO, clip_surrogate
 from spg.algorithms.objectives.wd1 import WD1
-from spg.core.types import Cohort, Experience, MaskedSamples
+from spg.core.types import Cohort, Experience, MaskedSamples, UpdateBatch
 from tests.helpers import experience_of
 
 SUMS = ELBO("elbo_weight")
@@ -81,7 +81,9 @@ def taken(
     leaf = (logps * learned).clone().requires_grad_()
     reference = None if reference is None else reference * learned
     old = None if old is None else old * learned
-    loss, figures = objective(leaf, samples, experience, cohort, reference, old)
+    cohort = cohort or Cohort.of(experience, samples)
+    result = objective(leaf, UpdateBatch(experience, samples, cohort, old, reference))
+    loss, figures = result.loss, result.figures
     loss.backward()
     assert leaf.grad is not None
     return loss.detach(), leaf.grad, figures
@@ -95,7 +97,7 @@ def test_what_is_not_learned_from_or_not_scored_changes_nothing(name: str) -> No
     assert learned.any()
     loss, gradient, figures = taken(objective, new, samples, experience, reference, old)
     whole = new.clone().requires_grad_()
-    same, _ = objective(whole, samples, experience, None, reference, old)
+    same = objective(whole, UpdateBatch.of(experience, samples, old=old, reference=reference)).loss
     same.backward()
     assert whole.grad is not None
     assert loss.item() == pytest.approx(same.item(), abs=1e-6)
@@ -152,15 +154,14 @@ def test_groups_are_averaged(name: str) -> None:
     samples, experience, (new, old, reference) = case(4)
     objective = MAKE[name]()
     loss, *_ = taken(objective, new, samples, experience, reference, old)
+    whole = UpdateBatch.of(experience, samples, old=old, reference=reference)
     alone = []
     for first in range(0, 6, 2):
         index = torch.arange(first, first + 2)
         one = experience.select(index)
         if name == "dpo" and not objective.learns_from(one).any():
             continue
-        alone.append(
-            objective(new[index], samples.select(index), one, None, reference[index], old[index])[0].item()
-        )
+        alone.append(objective(new[index], whole.select(index)).loss.item())
     assert len(alone) == (2 if name == "dpo" else 3)
     assert loss.item() == pytest.approx(sum(alone) / len(alone), abs=1e-6)
 
@@ -276,11 +277,13 @@ def test_gradients_are_finite_however_far_the_policy_went(name: str, advantage: 
 
 
 def test_beyond_the_largest_ratio_the_term_goes_on_straight() -> None:
-    log_ratio = torch.tensor([LARGEST - 1e-3, LARGEST, LARGEST + 2.0], requires_grad=True)
-    terms, ratio, active = clipped(log_ratio, torch.full((3,), -1.0), 0.2, 0.2)
+    log_ratio = torch.tensor(
+        [LARGEST_LOG_RATIO - 1e-3, LARGEST_LOG_RATIO, LARGEST_LOG_RATIO + 2.0], requires_grad=True
+    )
+    terms, ratio, active = clip_surrogate(log_ratio, torch.full((3,), -1.0), 0.2, 0.2)
     terms.sum().backward()
     assert not active.any()
-    top = math.exp(LARGEST)
+    top = math.exp(LARGEST_LOG_RATIO)
     assert terms.tolist() == pytest.approx([-top * math.exp(-1e-3), -top, -3 * top], rel=1e-5)
     assert log_ratio.grad is not None
     assert log_ratio.grad.tolist() == pytest.approx([-top * math.exp(-1e-3), -top, -top], rel=1e-5)
@@ -320,7 +323,7 @@ def test_the_divergence_token_by_token(kl_estimator: str, average: str, kl_avera
         k = {"k1": -first, "k2": first**2 / 2, "k3": first.exp() - 1 - first}[kl_estimator]
         assert figures["kl"][0].item() == pytest.approx(float(k.mean()), abs=1e-6)
     with pytest.raises(ValueError, match="needs the reference model"):
-        GRPO(0.2, kl_coef=0.1)(new, samples, experience, None, None, old)
+        GRPO(0.2, kl_coef=0.1)(new, UpdateBatch.of(experience, samples, old=old))
     assert GRPO(0.2, kl_to="old").needs == {"old"}
 
 
@@ -339,7 +342,8 @@ def test_one_token_completions_have_the_exact_gradient(make: Callable[[], Object
     for token, (reward, p) in enumerate(zip(rewards, theta.softmax(-1).tolist(), strict=True)):
         samples, experience = single(0.0)
         experience = replace(experience, advantages=reward.view(1))
-        loss, _ = make()(theta.log_softmax(-1)[token].view(1, 1, 1), samples, experience)
+        logps = theta.log_softmax(-1)[token].view(1, 1, 1)
+        loss = make()(logps, UpdateBatch.of(experience, samples)).loss
         total += p * torch.autograd.grad(loss, theta)[0]
     assert torch.allclose(total, exact, atol=1e-9)
 
@@ -363,9 +367,9 @@ def test_a_decoding_step_is_an_action() -> None:
         scored = steps.unsqueeze(0)
         samples = MaskedSamples(torch.zeros(1, 2, 6, dtype=torch.long), scored, scored.double(), region)
         experience = replace(experience_of(region, torch.zeros(1)), advantages=reward.view(1))
-        loss, figures = GRPO(0.2, "step", "sum")(chosen * scored, samples, experience)
-        assert float(figures["ratio"]) == 1.0
-        total += p.item() * torch.autograd.grad(loss, theta, retain_graph=True)[0]
+        result = GRPO(0.2, "step", "sum")(chosen * scored, UpdateBatch.of(experience, samples))
+        assert float(result.figures["ratio"]) == 1.0
+        total += p.item() * torch.autograd.grad(result.loss, theta, retain_graph=True)[0]
     (exact,) = torch.autograd.grad(expected, theta)
     assert torch.allclose(total, exact, atol=1e-9)
 
@@ -386,7 +390,7 @@ def test_espo_takes_the_ratio_of_bounds_a_position() -> None:
     assert loss.item() == pytest.approx(float((-ratio * experience.advantages + 0.5 * kl).mean()), rel=1e-5)
     assert ESPO(SUMS, 0.2).needs == {"old"}
     with pytest.raises(ValueError, match="needs the reference model"):
-        ESPO(SUMS, 0.2, kl_coef=0.1)(new, samples, experience, old=old)
+        ESPO(SUMS, 0.2, kl_coef=0.1)(new, UpdateBatch.of(experience, samples, old=old))
 
 
 @pytest.mark.parametrize("make", [lambda e: ESPO(e, 0.2), WD1, lambda e: DPO(e, 0.1)])
@@ -491,10 +495,10 @@ def test_dpo_compares_two() -> None:
     with pytest.raises(ValueError, match=r"groups hold \[3\]; set group_size=2"):
         DPO(SUMS, 0.1).learns_from(experience)
     with pytest.raises(ValueError, match="group_size=2"):
-        DPO(SUMS, 0.1)(new, samples, experience, None, reference)
+        DPO(SUMS, 0.1)(new, UpdateBatch.of(experience, samples, reference=reference))
     samples, experience, (new, *_) = case(12)
     with pytest.raises(ValueError, match="needs the reference model"):
-        DPO(SUMS, 0.1)(new, samples, experience)
+        DPO(SUMS, 0.1)(new, UpdateBatch.of(experience, samples))
 
 
 # --- parameters

@@ -27,9 +27,13 @@ from spg.core.console import console
 from spg.core.errors import InputError
 from spg.core.files import write_json
 from spg.core.statistics import wilson
-from spg.evaluation import candidates as completing
-from spg.evaluation import results, sources
-from spg.evaluation.generations import Generations, read_saved
+from spg.evaluation import checkpoints
+from spg.evaluation.comparison import report_multirun
+from spg.evaluation.generations import Generations, read_generations
+from spg.evaluation.metrics import summarize
+from spg.evaluation.selection import describe_selection, run_weights
+from spg.evaluation.settings import merge_settings
+from spg.evaluation.tables import score_context, show_results
 from spg.models import base_weights
 from spg.rollout import collect
 from spg.runs import directory as runs
@@ -37,7 +41,6 @@ from spg.runs.identity import OtherRunError
 from spg.runs.status import lock, read_status, write_status
 from spg.tasks.sudoku import Sudoku
 from spg.training import pretraining
-from spg.training import run as training
 from tests import warm
 from tests.helpers import ROOT, command, run, train_here
 
@@ -45,7 +48,7 @@ SMALL = ("task.eval_size=10", "threads=1", "eval_batch_size=8")
 
 
 def settings(*overrides: str) -> Any:
-    return evaluate.settings(config.compose("evaluate", list(overrides)), list(overrides))
+    return merge_settings(config.compose("evaluate", list(overrides)), list(overrides))
 
 
 def evaluated(folder: Path, *overrides: str) -> dict[str, Any]:
@@ -116,7 +119,7 @@ def test_what_an_evaluation_leaves(whole: Path) -> None:
 
 def test_the_table_says_what_two_scores_must_share(whole: Path) -> None:
     with console.capture() as printed:
-        results.show(read(whole))
+        show_results(read(whole))
     text = printed.get()
     assert max(map(len, text.splitlines())) <= 80
     for words in ("sudoku, split heldout", "parser exact", "shots 0", "24 tokens in 8 steps, blocks of 12"):
@@ -158,7 +161,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_results(
         decoded.append(len(examples))
         return original(policy, decoder, task, examples, *rest)
 
-    monkeypatch.setattr(completing, "complete", complete)
+    monkeypatch.setattr(collect, "complete", complete)
     evaluate.resume(str(tmp_path / "cut"), [])
     assert sum(decoded) == 20 - after // 8 * 8, "batches that were done are not decoded again"
     assert (tmp_path / "cut" / "generations.jsonl").read_text().splitlines(keepends=True)[:after] == kept
@@ -173,7 +176,7 @@ def test_what_is_complete_is_not_decoded_again(
 ) -> None:
     shutil.copytree(whole, tmp_path / "done")
     write_status(tmp_path / "done", state="interrupted")
-    monkeypatch.setattr(completing, "complete", None)
+    monkeypatch.setattr(collect, "complete", None)
     evaluate.resume(str(tmp_path / "done"), ["eval_batch_size=3"])
     assert read(tmp_path / "done")["results"] == read(whole)["results"]
 
@@ -248,7 +251,7 @@ def test_by_test_average_every_checkpoint_is_scored_and_it_is_said(trained: Path
     assert accuracies[record["selection"]["chosen"]] == max(accuracies.values())
     assert record["split"] == "heldout"
     with console.capture() as printed:
-        results.show(record)
+        show_results(record)
     words = "chosen on the scored items themselves, both halves, by the best average, as published"
     assert words in printed.get()
     assert f"{record['selection']['chosen']} *" in printed.get()
@@ -258,11 +261,11 @@ def test_a_run_without_final_weights_has_its_last_checkpoint(trained: Path, tmp_
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "weights.safetensors").unlink()
     (tmp_path / "run" / "checkpoints" / "replaced-best.ckpt").touch()
-    names = [name for name, _ in sources.saved_by(tmp_path / "run", "validation")]
+    names = [name for name, _ in run_weights(tmp_path / "run", "validation")]
     assert names == ["checkpoints/best.ckpt", "checkpoints/last.ckpt"]
-    assert len(sources.saved_by(tmp_path / "run", "test_average")) == 4
+    assert len(run_weights(tmp_path / "run", "test_average")) == 4
     with pytest.raises(ConfigError, match="holds neither checkpoints nor weights"):
-        sources.saved_by(tmp_path / "none", "validation")
+        run_weights(tmp_path / "none", "validation")
 
 
 def test_a_run_s_settings_hold_unless_they_are_overridden(trained: Path, tmp_path: Path) -> None:
@@ -342,7 +345,7 @@ def test_samples_at_random_remasking_differ_and_show_their_seed(tmp_path: Path) 
     record = evaluated(tmp_path / "e", "decoding.remasking=random", "samples=2", "seed=7")
     texts = {(line["index"], line["sample"]): line["completion"] for line in lines(tmp_path / "e")}
     assert any(texts[i, 0] != texts[i, 1] for i in range(20))
-    assert any("temperature 0, 2 samples, seed 7" in line for line in results.beside(record))
+    assert any("temperature 0, 2 samples, seed 7" in line for line in score_context(record))
 
 
 def test_samples_of_a_run_depend_on_its_own_decoding(tmp_path: Path) -> None:
@@ -372,7 +375,6 @@ def test_what_the_model_can_t_read_is_told_before_any_model_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base_weights, "look_up", None)
-    monkeypatch.setattr(training, "base_weights", None)
     words = r"this model can't read chats, in which {}.* choose {}an instruction-tuned model"
     bare = words.format("sudoku asks", r"task\.prompt_style=bare, or ")
     for name, start in (("e", evaluated), ("t", train_here)):
@@ -412,15 +414,19 @@ def test_an_example_that_the_tokenizer_can_t_write_is_named(
     assert not (tmp_path / "e" / "generations.jsonl").exists()
 
 
-def test_lightning_stays_quiet_when_it_is_imported_on_the_way(
+def test_lightning_is_quiet_when_base_weights_are_made_on_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Lightning sets its loggers up when it is imported, in the middle of an evaluation."""
+    made = base_weights.look_up(settings())
+
     class Imported(ModuleType):
         def __getattr__(self, name: str) -> Any:
-            logging.getLogger("lightning.pytorch").setLevel(logging.INFO)  # as its import does
-            return getattr(completing, name)
+            logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+            return lambda cfg: made
 
-    monkeypatch.setitem(sys.modules, "spg.evaluation.candidates", Imported("spg.evaluation.candidates"))
+    monkeypatch.setattr(base_weights, "look_up", lambda cfg: None)
+    monkeypatch.setitem(sys.modules, "spg.training.pretraining", Imported("spg.training.pretraining"))
     evaluated(tmp_path / "e", "task.eval_size=2")
     assert logging.getLogger("lightning.pytorch").level == logging.WARNING
 
@@ -478,7 +484,7 @@ def test_a_run_of_an_older_version_is_read_as_it_would_be_now(trained: Path, tmp
     assert (cfg.task.reward, cfg.task.parser, cfg.task.prompt_file) == ("released", "exact", None)
     assert (cfg.model.lora, cfg.task.eval_size) == (None, 8)
     assert (cfg.model.prompt_style, cfg.task.prompt_style, cfg.task.shots) == ("bare", "bare", 0)
-    base = completing._to_build(cfg)
+    base = checkpoints._model_settings(cfg)
     assert base_weights.file_name(base) == base_weights.file_name(runs.read_config(trained))
 
 
@@ -595,15 +601,18 @@ def test_saved_generations_are_scored_without_torch(tmp_path: Path) -> None:
 
 def test_a_list_of_generations_is_samples_and_lines_are_scored_per_model(tmp_path: Path) -> None:
     task = Sudoku(parser="d1")
-    models = read_saved(saved(tmp_path / "g.jsonl", {**ASKED, "generations": ["a", "b"]}), task)
+    models = read_generations(saved(tmp_path / "g.jsonl", {**ASKED, "generations": ["a", "b"]}), task)
     (items,) = models.values()
-    assert [(item.index, item.sample, item.saved["completion"]) for item in items] == [
+    assert [(item.index, item.sample, completion.text) for item, completion in items] == [
         (0, 0, "a"),
         (0, 1, "b"),
     ]
     own = {"index": 0, "sample": 0, "completion": "c", "example": {"puzzle": PUZZLE, "solution": SOLUTION}}
     rows = [{**own, "model": model} for model in ("base", "checkpoints/best.ckpt")]
-    assert list(read_saved(saved(tmp_path / "h.jsonl", *rows), task)) == ["base", "checkpoints/best.ckpt"]
+    assert list(read_generations(saved(tmp_path / "h.jsonl", *rows), task)) == [
+        "base",
+        "checkpoints/best.ckpt",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -612,42 +621,42 @@ def test_a_list_of_generations_is_samples_and_lines_are_scored_per_model(tmp_pat
         (ASKED, "line 2: no completion's text; expected it under one of completion, generation, generations"),
         ({**ASKED, "generation": 3}, "line 2: no completion's text"),
         ({"generation": "x", "ground_truth": SOLUTION}, "line 2: "),
-        ("{broken", "line 2 is no JSON"),
-        ("[1]", "line 2 is no object"),
+        ("{broken", "line 2 is not JSON"),
+        ("[1]", "line 2 is not an object"),
         *(
             ({**ASKED, "generation": "x", "example": wrong}, "line 2: `example` is .*; expected an object")
             for wrong in (None, 5, "x", [1])
         ),
         (
             {**ASKED, "completion": "x", "sample": 0},
-            "line 2: beside sample, our own lines have index and model",
+            "line 2: the line has sample; then it needs index and model",
         ),
     ],
 )
 def test_lines_that_can_t_be_used_are_named(tmp_path: Path, row: Any, words: str) -> None:
     file = saved(tmp_path / "g.jsonl", {**ASKED, "generation": "x"}, row)
     with pytest.raises(InputError, match=words) as caught:
-        read_saved(file, Sudoku(parser="d1"))
+        read_generations(file, Sudoku(parser="d1"))
     assert str(file) in str(caught.value)
 
 
 def test_files_that_can_t_be_used_are_named(tmp_path: Path) -> None:
     task = Sudoku(parser="d1")
     with pytest.raises(InputError, match="can't be read"):
-        read_saved(tmp_path / "missing.jsonl", task)
+        read_generations(tmp_path / "missing.jsonl", task)
     with pytest.raises(InputError, match="has no lines"):
-        read_saved(saved(tmp_path / "empty.jsonl"), task)
+        read_generations(saved(tmp_path / "empty.jsonl"), task)
     own = {"model": "base", "index": 0, "sample": 0, "completion": "c"}
     twice = {**own, "example": {"puzzle": PUZZLE, "solution": SOLUTION}}
     with pytest.raises(InputError, match="line 2: sample 0 of example 0 of base is there already"):
-        read_saved(saved(tmp_path / "twice.jsonl", twice, twice), task)
+        read_generations(saved(tmp_path / "twice.jsonl", twice, twice), task)
 
 
 def test_half_a_surrogate_pair_is_written_and_read_again(tmp_path: Path) -> None:
     file = saved(tmp_path / "g.jsonl", {**ASKED, "generation": "\ud800 é"}, {**ASKED, "generation": "x"})
     evaluate.start(settings("parser=d1", f"generations={file}"), tmp_path / "e")
     assert [line["completion"] for line in lines(tmp_path / "e")] == ["\ud800 é", "x"]
-    assert read_saved(tmp_path / "e" / "generations.jsonl", Sudoku(parser="d1"))
+    assert read_generations(tmp_path / "e" / "generations.jsonl", Sudoku(parser="d1"))
     assert "é" in (tmp_path / "e" / "generations.jsonl").read_text()
 
 
@@ -655,11 +664,11 @@ def test_half_a_surrogate_pair_is_written_and_read_again(tmp_path: Path) -> None
 def test_where_all_samples_are_alike_the_interval_has_a_width(right: float) -> None:
     made = {"tokens": None, "decoded": None, "steps": None, "near_ties": None}
     rows = [{"index": n // 4, "measures": {"accuracy": right}, **made} for n in range(40)]
-    found = results.figures(rows)
+    found = summarize(rows)
     assert found["interval_method"] == "wilson"
     assert found["interval"] == list(wilson(int(10 * right), 10))
     rows[0]["measures"] = {"accuracy": 1 - right}
-    assert results.figures(rows)["interval_method"] == "bootstrap over examples"
+    assert summarize(rows)["interval_method"] == "bootstrap over examples"
 
 
 @pytest.mark.parametrize(
@@ -673,7 +682,7 @@ def test_where_all_samples_are_alike_the_interval_has_a_width(right: float) -> N
     ],
 )
 def test_the_words_of_a_selection_fit_the_split(rule: str, split: str, scored_on: str, among: bool) -> None:
-    words = results.chosen_on(rule, split)
+    words = describe_selection(rule, split)
     assert scored_on in words
     assert ("the items it was chosen on are among those scored" in words) is among
 
@@ -735,7 +744,7 @@ def test_by_test_average_each_task_has_its_checkpoint(tmp_path: Path) -> None:
         made_up(tmp_path, {"task": task, "gen_length": length}, accuracies, "test_average")
     write_json(tmp_path / "sweep.json", {"name": "s", "command": "c", "swept": ["task", "gen_length"]})
     with console.capture() as printed:
-        results.report(tmp_path)
+        report_multirun(tmp_path)
     text = printed.get()
     entries = {(entry["task"], entry["model"]): entry for entry in read(tmp_path)["results"]}
     assert entries["gsm8k", "a.ckpt"]["chosen"]
@@ -754,7 +763,7 @@ def test_a_rule_marks_among_what_was_made_with_it(tmp_path: Path) -> None:
         made_up(tmp_path, {"select": rule}, {"base": 0.1, best: 0.2, last: 0.9}, rule)
     write_json(tmp_path / "sweep.json", {"name": "s", "command": "c", "swept": ["select"]})
     with console.capture() as printed:
-        results.report(tmp_path)
+        report_multirun(tmp_path)
     marked = [(e["select"], e["model"]) for e in read(tmp_path)["results"] if e["chosen"]]
     assert sorted(marked) == [("test_average", last), ("validation", best)]
     assert list(read(tmp_path)["selection"]) == ["test_average", "validation"]

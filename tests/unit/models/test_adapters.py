@@ -19,8 +19,10 @@ from spg.cli import evaluate
 from spg.cli.train import resume
 from spg.config import ConfigError
 from spg.core.errors import Interrupted
+from spg.core.types import UpdateBatch
 from spg.evaluation import candidates as completing
 from spg.evaluation import results
+from spg.evaluation.settings import merge_settings
 from spg.models.base_weights import file_name
 from spg.models.factory import build_policy
 from spg.models.lora import LoRA, SavedLoRA
@@ -28,6 +30,8 @@ from spg.models.policy import Policy
 from spg.runs import directory as runs
 from spg.runs.status import write_status
 from spg.training.module import Training
+from spg.training.nonfinite import find_culprits
+from spg.training.update import ExactGradient
 from tests import faults
 from tests.helpers import comparable, run, same_run, small_policy, train_here
 from tests.unit.algorithms.test_invariance import batch, training
@@ -132,7 +136,7 @@ def test_an_adapter_s_run_is_evaluated(finished: Path, tmp_path: Path) -> None:
 def evaluated(folder: Path, *overrides: str) -> dict[str, Any]:
     """Evaluate in this process and return what results.json holds."""
     lines = [*overrides, "task.eval_size=6", "threads=1"]
-    evaluate.start(evaluate.settings(config.compose("evaluate", lines), lines), folder)
+    evaluate.start(merge_settings(config.compose("evaluate", lines), lines), folder)
     return json.loads((folder / "results.json").read_text())
 
 
@@ -254,14 +258,13 @@ def test_with_dropout_a_resumed_run_is_the_same(finished: Path, tmp_path: Path) 
 def module_of(policy: Policy, kl_coef: float, micro_batch_size: int | None = None) -> Training:
     module = training(policy, "mixture", micro_batch_size)
     module.objective = SPG(Sandwich(ELBO(), Mixture(1.5, 0.5)), kl_coef=kl_coef)
-    module.manual_backward = lambda loss: loss.backward()
     return module
 
 
 def gradient(module: Training, seed: int = 0) -> tuple[float, Tensor, dict[str, Tensor]]:
-    loss, figures = module.backward_through(*batch(seed))
+    result = module.gradient.add(module.batch(*batch(seed)))
     found = [p.grad.flatten() for p in module.policy.parameters() if p.grad is not None]
-    return float(loss), torch.cat(found), figures
+    return float(result.loss), torch.cat(found), dict(result.figures)
 
 
 def test_the_adapter_switched_off_is_the_reference() -> None:
@@ -315,13 +318,14 @@ def test_the_divergence_against_its_closed_form() -> None:
         assert float(found[row]) == pytest.approx(float(expected), abs=1e-6)
     assert not divergence(logps, logps, samples).any()
     objective = SPG(Sandwich(ELBO(), Mixture(1.5, 0.5)), kl_coef=0.3)
-    plain, _ = SPG(Sandwich(ELBO(), Mixture(1.5, 0.5)))(logps, samples, experience)
-    loss, figures = objective(logps, samples, experience, None, reference)
+    plain = SPG(Sandwich(ELBO(), Mixture(1.5, 0.5)))(logps, UpdateBatch.of(experience, samples)).loss
+    result = objective(logps, UpdateBatch.of(experience, samples, reference=reference))
+    loss, figures = result.loss, result.figures
     shares = objective.coefficients(samples.lengths, experience.rollout.group)
     assert float(loss - plain) == pytest.approx(0.3 * float((shares * found).sum()), abs=1e-6)
     assert torch.equal(figures["kl"], found)
     with pytest.raises(ValueError, match="needs the reference model"):
-        objective(logps, samples, experience)
+        objective(logps, UpdateBatch.of(experience, samples))
 
 
 @pytest.mark.parametrize("with_adapter", [True, False])
@@ -341,19 +345,19 @@ def test_micro_batches_change_no_gradient_with_a_reference(with_adapter: bool) -
     assert torch.allclose(results[0][2]["kl"], results[1][2]["kl"], atol=1e-6)
 
 
-def test_dropout_is_the_same_in_both_passes_of_a_piece() -> None:
+def test_dropout_is_the_same_in_both_passes_of_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """With dropout the pieces have noise of their own, but a piece's two passes have the same."""
     seen: dict[int, list[Tensor]] = {}
     module = module_of(adapted(dropout=0.5), 0.0, 7)
     module.policy.train()
-    original = module._token_logps
+    original = ExactGradient.token_logps
 
-    def spy(experience, samples, piece):
-        logps = original(experience, samples, piece)
+    def spy(self, batch, piece):
+        logps = original(self, batch, piece)
         seen.setdefault(int(piece[0][0]) * 100 + int(piece[1][0]), []).append(logps.detach())
         return logps
 
-    module._token_logps = spy
+    monkeypatch.setattr(ExactGradient, "token_logps", spy)
     gradient(module)
     assert len(seen) > 1
     assert all(len(pair) == 2 and torch.equal(*pair) for pair in seen.values())
@@ -390,5 +394,5 @@ def test_a_divergence_that_overflows_names_its_sequences() -> None:
     experience, samples = batch(0)
     loss, _, _ = gradient(module)
     assert loss == float("inf")
-    found = module.culprits(experience, samples)
+    found = find_culprits(experience, module.batch(experience, samples), module.gradient)
     assert found, "named, and not blamed on the weights"

@@ -192,7 +192,7 @@ def test_rollouts_keep_the_log_probabilities_of_their_steps(remasking: str) -> N
     rollout = Decoder(12, 4, 6, 1.0, remasking)(policy, prompts, 5)
     for step in range(6):
         at = rollout.commit_step == step
-        tokens = rollout.seen_at(torch.full((4, 1), step), policy.mask_id)[:, 0]
+        tokens = rollout.inputs_at(torch.full((4, 1), step), policy.mask_id)[:, 0]
         assert (tokens[:, 7:][at] == policy.mask_id).all()
         exact = policy.token_logps(tokens, rollout.attention_mask, rollout.completion_ids, at)
         assert torch.allclose(exact[at], rollout.commit_logps[at], atol=1e-5)
@@ -211,7 +211,7 @@ def test_the_difference_is_that_of_the_cached_steps() -> None:
         every = []
         for step in range(8):
             at = rollout.commit_step == step
-            tokens = rollout.seen_at(torch.full((6, 1), step), policy.mask_id)[:, 0]
+            tokens = rollout.inputs_at(torch.full((6, 1), step), policy.mask_id)[:, 0]
             exact = policy.token_logps(tokens, None, rollout.completion_ids, at)
             apart = (exact - rollout.commit_logps).abs().masked_fill(~at, 0).sum(-1) / at.sum(-1)
             every.append(apart.detach())

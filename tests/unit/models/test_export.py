@@ -19,6 +19,7 @@ from spg import config
 from spg.cli import evaluate, export
 from spg.config import ConfigError
 from spg.core.errors import InputError, RunError
+from spg.evaluation.settings import merge_settings
 from spg.models import base_weights
 from spg.models import export as exporting
 from spg.models.factory import build_policy
@@ -138,7 +139,7 @@ def published(adapted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def as_published(folder: Path, *overrides: str) -> Any:
     """Return the settings of an evaluation of a folder in the published layout."""
     lines = ["model=llada_8b", f"model.path={folder}", *overrides]
-    return evaluate.settings(config.compose("evaluate", lines), lines)
+    return merge_settings(config.compose("evaluate", lines), lines)
 
 
 def test_an_exported_folder_is_loaded_as_a_published_one(adapted: Path, published: Path) -> None:
@@ -167,9 +168,7 @@ def test_from_a_published_folder_to_the_next(published: Path, tmp_path: Path) ->
     parts = merged_tensors(trained(directory).network)
     found = load_file(folder / "model.safetensors")
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
-    assert all(
-        torch.equal(found[name], part.value(torch.bfloat16)) for name, part in parts.items()
-    )
+    assert all(torch.equal(found[name], part.value(torch.bfloat16)) for name, part in parts.items())
     assert any((found[name] != part.own).any() for name, part in parts.items())
     fields = json.loads((folder / "config.json").read_text())
     assert (fields["torch_dtype"], fields["max_sequence_length"], fields["d_model"]) == ("bfloat16", 77, 64)
@@ -182,7 +181,7 @@ def test_from_a_published_folder_to_the_next(published: Path, tmp_path: Path) ->
     settings = json.loads((directory / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(base)
     lines = [*model, f"adapter={directory / 'adapter'}", "task.eval_size=4", "split=test"]
-    evaluate.start(evaluate.settings(config.compose("evaluate", lines), lines), tmp_path / "e")
+    evaluate.start(merge_settings(config.compose("evaluate", lines), lines), tmp_path / "e")
     record = json.loads((tmp_path / "e" / "results.json").read_text())
     assert record["precision"] == "bfloat16 weights, computed in bf16-mixed"
     assert record["results"].keys() == {"adapter"}

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from spg import config
 from spg.algorithms.objectives.spg import SPG
-from spg.core.types import Experience, MaskedSamples
+from spg.core.types import Experience, MaskedSamples, UpdateBatch
+from spg.core.world import World
 from spg.models import head
 from spg.models.llada import LLaDA, LLaDAConfig
 from spg.models.lora import LoRA
 from spg.models.policy import Policy
 from spg.training.module import Training
+from spg.training.update import longest_learned
 from tests.helpers import Ids
 from tests.unit.algorithms.test_invariance import batch, training
 from tests.unit.config.test_configs import OPTIONS
@@ -45,7 +47,7 @@ def plainly(policy: Policy, experience: Experience, samples: MaskedSamples, obje
     logits = policy.network.logits(policy.network.hidden(tokens, mask))[:, width:].float()
     targets = rollout.completion_ids.repeat_interleave(m, 0)
     logps = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1).view(samples.scored.shape)
-    return objective(logps * samples.scored, samples, experience, None, None)[0]
+    return objective(logps * samples.scored, UpdateBatch.of(experience, samples)).loss
 
 
 def gradient(policy: Policy) -> Tensor:
@@ -56,7 +58,6 @@ def updating(policy: Policy, objective: SPG, size: int | None) -> Training:
     """Return a module that only computes losses and gradients."""
     module = training(policy, "mixture", size)
     module.objective = objective
-    module.manual_backward = lambda loss: loss.backward()
     return module
 
 
@@ -90,7 +91,7 @@ def test_loss_and_gradient_are_those_of_the_plain_way(
     for checkpointing in (False, True):
         policy.network.checkpointing = checkpointing
         policy.zero_grad()
-        loss, _ = module.backward_through(experience, samples)
+        loss = module.gradient.add(module.batch(experience, samples)).loss
         lean = gradient(policy)
         policy.network.checkpointing = False
         policy.zero_grad()
@@ -168,27 +169,26 @@ def test_what_no_one_sees_is_cut_off_without_a_difference(monkeypatch: pytest.Mo
     monkeypatch.setattr(policy, "token_logps", lambda t, *a: widths.append(t.shape[1]) or original(t, *a))
     objective = config.build(config.compose("config", []).algorithm.objective)
     module = updating(policy, objective, None)
-    one, _ = module.backward_through(experience, samples)
-    two, _ = module.backward_through(replace(experience, rollout=wider), padded)
+    one = module.gradient.add(module.batch(experience, samples)).loss
+    two = module.gradient.add(module.batch(replace(experience, rollout=wider), padded)).loss
     assert widths[0] == widths[1]
     assert float(one) == pytest.approx(float(two), rel=1e-6)
 
 
 def test_completions_are_cut_to_the_longest_that_is_learned_from() -> None:
-    policy = wide()
     objective = config.build(config.compose("config", []).algorithm.objective)
     experience, samples = batch(1)
-    module = updating(policy, objective, None)
     learned = objective.learns_from(experience)
-    reach = module.longest(experience, samples)
+    reach = longest_learned(experience, samples, objective, World())
     ends = [int(row.nonzero().max()) + 1 for row in samples.region[learned]]
     assert reach == max(ends)
     shorter = samples.region.clone()
     shorter[:, 3:] = False
     few = replace(samples, region=shorter, scored=samples.scored & shorter.unsqueeze(1))
-    assert module.longest(experience, few) == 3
-    cut, rows = few.until(3), experience.rollout.until(3)
+    assert longest_learned(experience, few, objective, World()) == 3
+    cut, rows = few.truncate(3), experience.rollout.truncate(3)
     assert cut.tokens.shape[-1] == samples.tokens.shape[-1] - samples.region.shape[-1] + 3
     assert torch.equal(cut.tokens, few.tokens[..., : cut.tokens.shape[-1]])
     assert rows.completion_ids.shape[1] == rows.given.shape[1] == rows.commit_logps.shape[1] == 3
-    assert Training.longest(module, replace(experience, advantages=experience.advantages * 0), few) == 1
+    nothing = replace(experience, advantages=experience.advantages * 0)
+    assert longest_learned(nothing, few, objective, World()) == 1

@@ -18,18 +18,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spg import config
-from spg.cli import evaluate
 from spg.cli.train import resume, start
 from spg.config import ConfigError
 from spg.core.errors import InputError
 from spg.core.hub import PATIENCE, hub_answers
+from spg.evaluation.settings import merge_settings
 from spg.models import hub, weights
 from spg.models.base_weights import fingerprint_settings
 from spg.models.factory import build_policy
 from spg.models.llada import LLaDA, LLaDAConfig
 from spg.models.quantization import check_nf4
 from spg.models.tokenizer import byte_tokenizer
-from spg.models.weights import load_published, load_weights, save_weights, list_tensors
+from spg.models.weights import list_tensors, load_published, load_weights, save_weights
 from spg.runs import directory as runs
 from spg.runs.identity import identity
 from spg.training.pretraining import pretrain
@@ -587,7 +587,7 @@ def test_a_run_s_model_may_lie_elsewhere_by_now(folder: Path, tmp_path: Path) ->
     folder.rename(moved)
     try:
         lines = [f"run={tmp_path / 'run'}", f"model.path={moved}"]
-        settled = evaluate.settings(config.compose("evaluate", lines), lines)
+        settled = merge_settings(config.compose("evaluate", lines), lines)
         assert settled.model.path == settled.model.tokenizer.path == str(moved)
         policy = build_policy(settled)
         assert policy.tokenizer.decode(policy.encode("1+1")) == "1+1"

@@ -14,7 +14,7 @@ from spg.models.llada import LLaDA, LLaDAConfig
 from spg.models.policy import Policy
 from spg.models.tokenizer import EOS, FORM, LLADA_CHAT, LLADA_MASK, byte_tokenizer, pretrained
 from spg.tasks.gsm8k import GSM8K
-from spg.tasks.question_answering import completed
+from spg.tasks.question_answering import format_completion
 
 BYTES = byte_tokenizer()
 
@@ -44,7 +44,7 @@ def test_every_text_is_read_back(text: str) -> None:
 
 
 def test_the_published_form_is_three_tokens_that_stay_in_texts() -> None:
-    text = completed("", "4")
+    text = format_completion("", "4")
     ids = BYTES.encode(text, add_special_tokens=False)
     assert BYTES.convert_ids_to_tokens(ids) == [FORM[0], FORM[1], *r"\boxed{4}", FORM[2]]
     assert BYTES.decode(ids, skip_special_tokens=True) == text

@@ -294,16 +294,14 @@ def test_mistakes_are_answered_before_a_job_starts(tmp_path: Path) -> None:
         ("group_size", 8, r"group_size=8, but .* give group_size=2"),
         ("preferences.path", "nowhere", r"preferences\.path=nowhere is no file; .*spg\.pairs"),
         ("preferences.path", "???", r"preferences\.path must be given"),
-        (
-            "masking._target_",
-            "spg.algorithms.masking.Trajectory",
-            r"masking=trajectory .* give masking=random",
-        ),
     ):
         other = cfg.copy()
         OmegaConf.update(other, key, value)
         with pytest.raises(ConfigError, match=words):
             config.check(other)
+    steps = ["algorithm=vrpo", "preferences=pairs", f"preferences.path={path}", "masking=trajectory"]
+    with pytest.raises(ConfigError, match=r"masking=trajectory .* give masking=random"):
+        config.check(config.compose("config", steps))
     assert "preferences" not in config.compose("config", ["preferences=null"])
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from spg.core.errors import InputError
-from spg.tasks import code
-from spg.tasks.coding import LONGEST, Coding, compiles, is_blocked, parsed, program_in
+from spg.tasks.coding import Coding
 from spg.tasks.datasets import read
 from spg.tasks.humaneval import HumanEval
 from spg.tasks.mbpp import MBPP
+from spg.tasks.parsing.programs import BLOCKED, LONGEST, compiles, find_program, is_blocked, parse_program
 from tests.helpers import real_data
 
 # problems of our own, in the form of the data sets
@@ -314,7 +314,7 @@ def test_prompts_of_another_code_base(tmp_path: Path) -> None:
     ],
 )
 def test_where_the_program_is_found(completion: str, program: str | None) -> None:
-    assert program_in(completion) == program
+    assert find_program(completion) == program
 
 
 def test_reading_is_quick_on_long_nonsense() -> None:
@@ -327,7 +327,7 @@ def test_reading_is_quick_on_long_nonsense() -> None:
         many,
         " " * 99999,
     ):
-        program_in(text)
+        find_program(text)
 
 
 @pytest.mark.parametrize("kind", [HumanEval, MBPP])
@@ -340,8 +340,8 @@ def test_a_program_that_crashes_the_parser_is_no_python(kind: type[Coding], tmp_
             assert task.measure(example, text) == {"accuracy": 0.0, "tests": 0.0}
             assert task.reward(example, text)["tests"] == 0.0
     assert not is_blocked(crash)
-    assert parsed("x" * LONGEST) is not None
-    assert parsed("x" * (LONGEST + 1)) is None
+    assert parse_program("x" * LONGEST) is not None
+    assert parse_program("x" * (LONGEST + 1)) is None
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_a_program_that_crashes_the_parser_is_no_python(kind: type[Coding], tmp_
 )
 def test_no_program_of_allowed_length_crashes_it(head: str, unit: str, tail: str) -> None:
     program = head + unit * ((LONGEST - len(head + tail)) // len(unit)) + tail
-    parsed(program)
+    parse_program(program)
     compiles(program)
 
 
@@ -435,10 +435,10 @@ def test_reward_and_measure_share_a_run(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_bad_settings_are_named(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"task\.reward=luck is not one of those of mbpp: intended, released"
+        ValueError, match=r"reward='luck' is out of range; allowed: one of: intended, released"
     ):
         MBPP(reward="luck")
-    with pytest.raises(InputError, match=r"task\.parser=d1 is not one of those of humaneval: fenced"):
+    with pytest.raises(ValueError, match=r"parser='d1' is out of range; allowed: one of: fenced"):
         HumanEval(parser="d1")
     for setting in (
         {"isolation": "some"},
@@ -539,5 +539,5 @@ def test_some_of_the_held_out_problems(tmp_path: Path) -> None:
 
 
 def test_the_list_of_blocked_modules_is_not_the_defence() -> None:
-    assert "os" in code.BLOCKED
+    assert "os" in BLOCKED
     assert not is_blocked('eval("__im" + "port__(\'os\')")'), "which is why there is a cage"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spg.tasks import questions
+from spg.tasks import question_answering
 from spg.tasks.gsm8k import GSM8K
 from spg.tasks.math500 import Math500
 from spg.tasks.parsing.arithmetic import python_value
@@ -75,7 +75,7 @@ def test_a_floor_of_no_real_number_is_no_value(text: str) -> None:
 @given(TEXTS)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_with_math_verify(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(questions, "verify", functools.partial(verify, timeout=0.3))
+    monkeypatch.setattr(question_answering, "verify", functools.partial(verify, timeout=0.3))
     for task, example in ROBUST:
         started = time.monotonic()
         scored(task, example, f"<answer>{text}</answer>")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from spg.core.errors import RunError
-from spg.tasks import verify as module
+from spg.tasks.parsing import math_verify as module
 from spg.tasks.parsing.math_verify import LONGEST, Worker
 from tests.helpers import ROOT
 
@@ -144,7 +144,7 @@ def test_it_imports_no_torch_and_ends_with_its_parent() -> None:
     """However the parent ends: at its exit, or killed in the middle of a comparison that takes long."""
     script = (
         "import sys, threading, time\n"
-        "from spg.tasks import verify as v\n"
+        "from spg.tasks.parsing import math_verify as v\n"
         "v.verify('1', '1')\n"
         "print(v._worker._process.pid, 'torch' in sys.modules, flush=True)\n"
         "if len(sys.argv) > 1:\n"

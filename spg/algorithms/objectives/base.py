@@ -1,0 +1,74 @@
+"""What every objective has: the update's batch in, a loss and figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from spg.core.types import Experience, UpdateBatch
+
+
+@dataclass(frozen=True)
+class ObjectiveResult:
+    """What an objective returns.
+
+    Attributes:
+        loss: this process's share of the loss []; the sum over processes is the loss of the update.
+        figures: numbers to log {name: [B]}, valid for the sequences that are learned from. They pass no
+            gradient on.
+    """
+
+    loss: Tensor
+    figures: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        detached = {name: figure.detach() for name, figure in self.figures.items()}
+        object.__setattr__(self, "figures", detached)
+
+
+class Objective(Protocol):
+    """What the update minimises.
+
+    Attributes:
+        needs: what must be computed besides the policy's log-probabilities: `reference`, those of the
+            model before training; `old`, those of the policy that made the rollout.
+    """
+
+    needs: frozenset[str]
+
+    def learns_from(self, experience: Experience) -> Tensor:
+        """Return bool [B]: True if the sequence's log-probabilities can change the loss.
+
+        The other sequences get zeros for log-probabilities, but still count in every normaliser.
+        """
+        ...
+
+    def __call__(self, token_logps: Tensor, batch: UpdateBatch) -> ObjectiveResult:
+        """Compute the loss of this process's sequences.
+
+        Args:
+            token_logps: the policy's log-probabilities [B M T] in nats, 0 at positions that are not scored.
+            batch: the sequences, their masks, what `needs` names, and the cohort of all processes, whose
+                numbers normalise the loss.
+        """
+        ...
+
+
+@runtime_checkable
+class Adaptive(Protocol):
+    """What an objective has beside `Objective` if it learns numbers of its own between updates."""
+
+    def adapt(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Learn, after an update's step, from its figures' means over all sequences; return what to log."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold of what was learned."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take `state` back; an empty one is that of a new objective."""
+        ...

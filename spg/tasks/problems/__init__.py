@@ -1,0 +1,1 @@
+"""Problems of generated benchmarks: make, solve, split and read them."""

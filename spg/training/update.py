@@ -1,0 +1,232 @@
+"""The gradient of an update, exact in pieces of any size and over any number of processes.
+
+If the B x M masked sequences do not fit in one pass, `ExactGradient` takes two: (1) all log-probabilities
+[B M T], without gradient, piece by piece; (2) the loss on that small tensor and its gradient with respect to
+it; (3) each piece again, its backward pass starting from that gradient. The loss may thus join draws and
+sequences in any way: the EUBO's mean over draws stands inside its log. One extra forward pass is the price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+
+from spg.algorithms.objectives import Objective, ObjectiveResult
+from spg.core.types import Experience, MaskedSamples, UpdateBatch
+from spg.core.world import World
+from spg.models.policy import Policy
+from spg.training.fsdp import sharding_of
+
+# numbers of sequences and of their draws, each [K]
+Piece = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class BackwardPasses:
+    """How the processes of a run add their gradients up.
+
+    Attributes:
+        world: the processes; the default is one.
+        backward: runs one backward pass.
+        without_exchange: a context in which backward passes leave gradients in their process.
+        all_exchange: whether each backward pass exchanges gradients, as with sliced weights, so that every
+            process must make as many as the others; otherwise the last one alone does.
+    """
+
+    world: World = field(default_factory=World)
+    backward: Callable[[Tensor], None] = Tensor.backward
+    without_exchange: Callable[[], AbstractContextManager[Any]] = nullcontext
+    all_exchange: bool = False
+
+    @classmethod
+    def of(cls, module: pl.LightningModule, world: World) -> BackwardPasses:
+        """Return the backward passes of a module that Lightning trains in the processes of `world`."""
+        strategy = module.trainer.strategy
+        without = strategy.block_backward_sync if isinstance(strategy, ParallelStrategy) else nullcontext
+        sliced = sharding_of(module) is not None
+        return cls(world, module.manual_backward, without, all_exchange=sliced)
+
+    def run(
+        self, losses: Iterator[Tensor], count: int, idle: Callable[[], Tensor], device: torch.device
+    ) -> None:
+        """Run this process's backward passes, and idle ones while other processes still work.
+
+        Args:
+            losses: the `count` losses; each is computed only when its turn comes.
+            count: their number, which may differ between processes and be 0.
+            idle: returns a loss of 0 that depends on all weights.
+            device: of the weights.
+        """
+        if self.world.size > 1:
+            most = int(self.world.gather(torch.tensor([count], device=device)).max())
+            if not self.all_exchange:
+                most = min(most, 1)  # the others wait for this process's gradients, once
+            missing = max(0, most - count)
+            losses = chain(losses, (idle() for _ in range(missing)))
+            count += missing
+        for number, loss in enumerate(losses, start=1):
+            with nullcontext() if number == count else self.without_exchange():
+                self.backward(loss * self.world.size)  # processes average gradients
+
+
+@dataclass(frozen=True)
+class ExactGradient:
+    """Adds the gradient of an objective to the weights of a policy.
+
+    Attributes:
+        policy: whose weights are trained.
+        objective: the loss.
+        micro_batch_size: masked sequences (completions x draws) in one forward pass; None for all of them.
+            It changes no gradient.
+    """
+
+    policy: Policy
+    objective: Objective
+    micro_batch_size: int | None = None
+
+    def add(self, batch: UpdateBatch, passes: BackwardPasses | None = None) -> ObjectiveResult:
+        """Add the gradient of the loss on `batch` to the weights' gradients.
+
+        Sequences that the objective does not learn from are not computed.
+
+        Args:
+            batch: this process's sequences and masks; see `freeze`.
+            passes: how gradients are summed over processes; by default there is one process.
+
+        Returns:
+            This process's share of the loss, without gradient, and the objective's figures.
+        """
+        passes = passes or BackwardPasses()
+        pieces = self.pieces(batch)
+        if len(pieces) <= 1:
+            token_logps = torch.zeros(batch.samples.scored.shape, device=batch.samples.scored.device)
+            for piece in pieces:
+                token_logps = token_logps.index_put(piece, self.token_logps(batch, piece))
+            result = self.objective(token_logps, batch)
+            losses = iter([result.loss] if pieces else [])
+            passes.run(losses, len(pieces), lambda: self._zero(batch), self.policy.device)
+        else:
+            result = self._add_in_pieces(batch, pieces, passes)
+        return replace(result, loss=result.loss.detach())
+
+    def _add_in_pieces(
+        self, batch: UpdateBatch, pieces: Sequence[Piece], passes: BackwardPasses
+    ) -> ObjectiveResult:
+        states: list[Tensor] = []
+        frozen = self.all_logps(batch, states)
+        frozen.requires_grad_()
+        result = self.objective(frozen, batch)
+        (gradient,) = torch.autograd.grad(result.loss, frozen)
+        after = _random_state(frozen.device)
+
+        def losses() -> Iterator[Tensor]:
+            for piece, state in zip(pieces, states, strict=True):
+                _set_random_state(state, frozen.device)  # the same dropout as in the first pass
+                yield (self.token_logps(batch, piece) * gradient[piece]).sum()
+
+        passes.run(losses(), len(pieces), lambda: self._zero(batch), self.policy.device)
+        _set_random_state(after, frozen.device)
+        return result
+
+    def freeze(self, batch: UpdateBatch, *, policy_changes: bool) -> UpdateBatch:
+        """Return the batch with the log-probabilities of other policies that the objective needs.
+
+        They are computed without dropout.
+
+        Args:
+            batch: the sequences and masks.
+            policy_changes: whether the policy will have changed before it learns from the batch. If not, it
+                is still the policy that made the rollout, and `old` is left out.
+        """
+        old, reference = None, None
+        if "old" in self.objective.needs and policy_changes:
+            was_training = self.policy.training
+            self.policy.eval()
+            old = self.all_logps(batch)
+            self.policy.train(was_training)
+        if "reference" in self.objective.needs:
+            with self.policy.as_reference():
+                reference = self.all_logps(batch)
+        return replace(batch, old=old, reference=reference)
+
+    def all_logps(self, batch: UpdateBatch, states: list[Tensor] | None = None) -> Tensor:
+        """Return log-probabilities [B M T] without gradient, 0 for what the objective does not learn from.
+
+        Args:
+            batch: the sequences and masks.
+            states: takes the state of the random generator before each piece.
+        """
+        logps = torch.zeros(batch.samples.scored.shape, device=batch.samples.scored.device)
+        with torch.no_grad():
+            for piece in self.pieces(batch):
+                if states is not None:
+                    states.append(_random_state(logps.device))
+                logps[piece] = self.token_logps(batch, piece)
+        return logps
+
+    def pieces(self, batch: UpdateBatch) -> list[Piece]:
+        """Cut the (sequence, draw) pairs to compute into pieces of at most micro_batch_size."""
+        learned = self.objective.learns_from(batch.experience)
+        rows, draws = (learned.unsqueeze(-1) & batch.samples.scored.any(-1)).nonzero(as_tuple=True)
+        if len(rows) == 0:
+            return []
+        size = self.micro_batch_size or len(rows)
+        return list(zip(torch.split(rows, size), torch.split(draws, size), strict=True))
+
+    def token_logps(self, batch: UpdateBatch, piece: Piece) -> Tensor:
+        """Return the policy's log-probabilities [K T] of a piece, K (sequence, draw) pairs."""
+        rows, _ = piece
+        rollout = batch.experience.rollout
+        tokens, mask = batch.samples.tokens[piece], None
+        if not bool(rollout.prompt_mask.all()):
+            mask = rollout.attention_mask[rows]
+            padding = int((~mask.any(0)).sum())  # columns to the left of every row of the piece
+            tokens, mask = tokens[:, padding:], mask[:, padding:]
+            mask = None if bool(mask.all()) else mask
+        scored = batch.samples.scored[piece]
+        return self.policy.token_logps(tokens, mask, rollout.completion_ids[rows], scored)
+
+    def _zero(self, batch: UpdateBatch) -> Tensor:
+        """Return a zero that depends on all weights: log-probabilities at one position, times 0."""
+        rollout, samples = batch.experience.rollout, batch.samples
+        scored = torch.zeros_like(samples.scored[:1, 0])
+        scored[:, 0] = True
+        mask = rollout.attention_mask[:1]
+        tokens, targets = samples.tokens[:1, 0], rollout.completion_ids[:1]
+        return self.policy.token_logps(tokens, mask, targets, scored).sum() * 0.0
+
+
+def truncate_to_learned(
+    experience: Experience, samples: MaskedSamples, objective: Objective, world: World
+) -> tuple[Experience, MaskedSamples]:
+    """Return both without the positions behind the longest completion that any process learns from."""
+    length = longest_learned(experience, samples, objective, world)
+    return replace(experience, rollout=experience.rollout.truncate(length)), samples.truncate(length)
+
+
+def longest_learned(
+    experience: Experience, samples: MaskedSamples, objective: Objective, world: World
+) -> int:
+    """Return how far the longest completion reaches that any process learns from, 1 or more."""
+    region = samples.region & objective.learns_from(experience).unsqueeze(-1)
+    reach = (torch.arange(1, region.shape[-1] + 1, device=region.device) * region).amax()
+    return max(1, int(world.gather(reach.view(1)).max()))
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(state: Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
