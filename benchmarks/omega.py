@@ -62,7 +62,7 @@ def measure(num_mc: int, repeats: int, checkpoint: Path | None, seed: int) -> di
         samples = module.masking(experience.rollout, module.policy.mask_id, derive_seed(seed, number))
         logps = torch.zeros(samples.scored.shape)
         batch = UpdateBatch.of(experience, samples)
-        for piece in module.gradient.pieces(batch):
+        for piece in module.gradient.split(batch):
             logps = logps.index_put(piece, module.gradient.token_logps(batch, piece))
         both = []
         for bound in (mixture.lower, mixture.upper):

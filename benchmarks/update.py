@@ -108,7 +108,7 @@ class Bench:
         """Take the gradient as training does, in micro-batches where a size is given; return the loss."""
         self.policy.zero_grad()
         self.training.micro_batch_size = micro_batch
-        return self.training.gradient.add(self.training.batch(self.experience, samples)).loss
+        return self.training.gradient.add(self.training.prepare_batch(self.experience, samples)).loss
 
     def gradient(self) -> Tensor:
         """Return the gradients of all that is trained, in one vector [P]."""

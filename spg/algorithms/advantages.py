@@ -24,6 +24,7 @@ class Raw:
     """The rewards themselves: REINFORCE without a baseline."""
 
     def __call__(self, rewards: Tensor) -> Tensor:
+        """Return advantages [P G] of `rewards` [P G]."""
         return rewards
 
 
@@ -31,6 +32,7 @@ class GroupMean:
     """Reward minus the group's mean, not divided by its spread (paper, Algorithm 1)."""
 
     def __call__(self, rewards: Tensor) -> Tensor:
+        """Return advantages [P G] of `rewards` [P G]."""
         return rewards - rewards.mean(-1, keepdim=True)
 
 
@@ -38,6 +40,7 @@ class LeaveOneOut:
     """Reward minus the mean of the group's others (RLOO); raises ValueError for a group of one."""
 
     def __call__(self, rewards: Tensor) -> Tensor:
+        """Return advantages [P G] of `rewards` [P G]."""
         size = rewards.shape[-1]
         if size < 2:
             raise ValueError(f"leave-one-out needs a group of 2 or more, got group_size={size}")
@@ -52,6 +55,7 @@ class Normalized:
         self.eps = eps
 
     def __call__(self, rewards: Tensor) -> Tensor:
+        """Return advantages [P G] of `rewards` [P G]."""
         centred = rewards - rewards.mean(-1, keepdim=True)
         return centred / (rewards.std(-1, keepdim=True) + self.eps)
 
@@ -63,5 +67,6 @@ class Shifted:
         self.base = base
 
     def __call__(self, rewards: Tensor) -> Tensor:
+        """Return advantages [P G] of `rewards` [P G]."""
         advantages = self.base(rewards)
         return advantages - advantages.min()

@@ -67,7 +67,7 @@ def resume(path: str, overrides: list[str]) -> None:
         ConfigError: if it is no evaluation, or a finished one, or an override would change its figures.
     """
     folder = Path(path)
-    cfg = config.saved(folder / "config.yaml")
+    cfg = config.load_saved(folder / "config.yaml")
     if cfg is None or "generations" not in cfg:
         raise ConfigError(
             f"resume={path} is no evaluation's directory; give the one that `python -m spg.evaluate` printed"
@@ -87,7 +87,7 @@ def resume(path: str, overrides: list[str]) -> None:
 
 def sweep_job(cfg: DictConfig, folder: Path, values: dict[str, Any]) -> bool:
     """Do one job of a multirun, or what is left of it; return False: it never asks the others to stop."""
-    before = config.saved(folder / "config.yaml")
+    before = config.load_saved(folder / "config.yaml")
     if before is not None:
         check_same(identity(before, CHANGEABLE), identity(cfg, CHANGEABLE), folder)
     status = read_status(folder)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from spg.config.checks import check, check_model, check_samples
-from spg.config.composition import defaults, named
+from spg.config.composition import compose_unchecked, defaults
 from spg.config.errors import ConfigError
 from spg.config.help import show_help
 from spg.config.instances import build
@@ -19,8 +19,8 @@ from spg.config.knobs import notes, unread_knobs
 from spg.config.names import is_known, keys, nearest
 from spg.config.options import CONF_DIR, group_choices, groups
 from spg.config.plan import Plan, preflight, sweep_folder
-from spg.config.renames import current, updated
-from spg.config.saved import saved, settle_paths, shipped, task_of_run
+from spg.config.renames import current_path, update_paths
+from spg.config.saved import load_saved, make_paths_absolute, shipped_option, task_of_run
 from spg.config.values import rules
 
 __all__ = [
@@ -32,24 +32,24 @@ __all__ = [
     "check_model",
     "check_samples",
     "compose",
-    "current",
+    "current_path",
     "defaults",
     "group_choices",
     "groups",
     "is_known",
     "keys",
+    "load_saved",
+    "make_paths_absolute",
     "nearest",
     "notes",
     "preflight",
     "rules",
-    "saved",
-    "settle_paths",
-    "shipped",
+    "shipped_option",
     "show_help",
     "sweep_folder",
     "task_of_run",
     "unread_knobs",
-    "updated",
+    "update_paths",
 ]
 
 
@@ -63,6 +63,6 @@ def compose(primary: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: for the first mistake.
     """
-    cfg = named(primary, overrides)
+    cfg = compose_unchecked(primary, overrides)
     check(cfg)
     return cfg

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spg.config.errors import ConfigError
 from spg.config.names import nearest
-from spg.config.saved import shipped
+from spg.config.saved import shipped_option
 from spg.config.values import Node, check_values, nodes, part_at
 from spg.core.combinations import (
     check_group_size,
@@ -63,7 +63,7 @@ def check_task(cfg: DictConfig) -> None:
         return
     known = part.parameters or {}
     others = [key for key in map(str, cfg.task) if not key.startswith("_") and key not in known]
-    option = shipped("task", cfg.task)
+    option = shipped_option("task", cfg.task)
     name = part.name if option is None else option[0]
     # one key that is nearly right is a slip in the file of the task itself
     if others and (len(others) > 1 or nearest(others[0], list(known)) is None or option is not None):
@@ -114,7 +114,7 @@ def check_model(cfg: DictConfig) -> None:
             "model.weights=published needs model.path, a folder or the name of a model on the hub; this "
             "model is not published: give model.path=..., or model.weights=random"
         )
-    option = shipped("model", model) if weights == "random" and path is not None else None
+    option = shipped_option("model", model) if weights == "random" and path is not None else None
     if option is not None and option[1].get("path") is None:
         raise ConfigError(
             f"model.path={path} would not be read: this model's weights are random; give "
@@ -199,7 +199,7 @@ def _name(node: Node) -> str:
 
 def _option(group: str, node: Node) -> str:
     """Return the name of a shipped option, or the name of a class of the user's."""
-    option = shipped(group, node.cfg)
+    option = shipped_option(group, node.cfg)
     return _name(node) if option is None else option[0]
 
 

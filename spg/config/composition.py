@@ -24,7 +24,7 @@ OmegaConf.register_new_resolver("ceil_div", lambda a, b: -(-int(a) // int(b)), r
 
 
 @contextmanager
-def searching(own: Path | None = None) -> Iterator[None]:
+def open_hydra(own: Path | None = None) -> Iterator[None]:
     """Let Hydra find the shipped configuration files and those of the user's folder `own` (-cd).
 
     Raises:
@@ -45,28 +45,28 @@ def searching(own: Path | None = None) -> Iterator[None]:
 
 def defaults(primary: str, own: Path | None = None) -> DictConfig:
     """Return a primary config as it is without a command line, unchecked."""
-    with searching(own):
-        return composed(primary, [])
+    with open_hydra(own):
+        return compose_open(primary, [])
 
 
-def named(primary: str, overrides: Sequence[str]) -> DictConfig:
+def compose_unchecked(primary: str, overrides: Sequence[str]) -> DictConfig:
     """Compose a primary config with overrides, of which only the names are checked; raises ConfigError."""
-    with searching():
+    with open_hydra():
         lines = group_choices(overrides)
-        check_names(primary, parsed(lines))
-        return composed(primary, lines)
+        check_names(primary, parse_overrides(lines))
+        return compose_open(primary, lines)
 
 
-def composed(primary: str, lines: Sequence[str], with_hydra: bool = False) -> DictConfig:
-    """Compose while `searching`; raises ConfigError."""
+def compose_open(primary: str, lines: Sequence[str], with_hydra: bool = False) -> DictConfig:
+    """Compose inside `open_hydra`; raises ConfigError."""
     try:
         return hydra.compose(primary, list(lines), return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
-def parsed(lines: Sequence[str]) -> list[Override]:
-    """Parse overrides while `searching`; raises ConfigError."""
+def parse_overrides(lines: Sequence[str]) -> list[Override]:
+    """Parse overrides inside `open_hydra`; raises ConfigError."""
     try:
         return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(list(lines))
     except HydraException as error:
@@ -104,7 +104,7 @@ def check_names(primary: str, overrides: Sequence[Override], own: Path | None = 
         for o in overrides
         if _is_group(o)
     ]
-    known = composed(primary, chosen)
+    known = compose_open(primary, chosen)
     for override in overrides:
         _check_key(override, known, own)
 

@@ -22,7 +22,7 @@ def build(node: Any, **extra: Any) -> Any:
     from hydra.utils import instantiate
 
     try:
-        return instantiate(renames.updated(node), **extra)
+        return instantiate(renames.update_paths(node), **extra)
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, ValueError):

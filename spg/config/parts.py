@@ -181,44 +181,44 @@ def _arguments(module: source.Module, function: ast.FunctionDef, method: bool) -
 def rule(module: source.Module, annotation: ast.expr) -> Any:
     """Return an annotation in the module's text as a rule of `spg.core.rules`, or None if it is not one."""
     try:
-        value = _evaluated(module, annotation)
+        value = _evaluate(module, annotation)
     except (source.UnknownError, source.AbsentError, ValueError, TypeError, AttributeError):
         return None
     return value if is_rule(value) else None
 
 
-def _evaluated(module: source.Module, node: ast.expr) -> Any:
+def _evaluate(module: source.Module, node: ast.expr) -> Any:
     """Return what an annotation means; what is not a rule becomes `_Opaque`."""
     if isinstance(node, ast.Constant):
         if isinstance(node.value, str):  # a quoted annotation
-            return _evaluated(module, ast.parse(node.value, mode="eval").body)
+            return _evaluate(module, ast.parse(node.value, mode="eval").body)
         return node.value
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return Union[_evaluated(module, node.left), _evaluated(module, node.right)]  # noqa: UP007
+        return Union[_evaluate(module, node.left), _evaluate(module, node.right)]  # noqa: UP007
     if isinstance(node, ast.Subscript):
-        return _subscripted(module, node)
+        return _evaluate_subscript(module, node)
     if isinstance(node, ast.Name | ast.Attribute):
-        return _named(module, node)
+        return _evaluate_name(module, node)
     return _Opaque
 
 
-def _subscripted(module: source.Module, node: ast.Subscript) -> Any:
-    outer = _evaluated(module, node.value)
+def _evaluate_subscript(module: source.Module, node: ast.Subscript) -> Any:
+    outer = _evaluate(module, node.value)
     inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
     if outer is Literal:
         return Literal[tuple(source.literal(item) for item in inner)]
     if outer is Annotated:
         extra = [c for c in (_constraint(module, item) for item in inner[1:]) if c is not _Opaque]
-        base = _evaluated(module, inner[0])
+        base = _evaluate(module, inner[0])
         return Annotated[(base, *extra)] if extra and base is not _Opaque else base
     if outer is Optional:
-        return Optional[_evaluated(module, inner[0])]  # noqa: UP045
+        return Optional[_evaluate(module, inner[0])]  # noqa: UP045
     if outer is Union:
-        return Union[tuple(_evaluated(module, item) for item in inner)]  # noqa: UP007
+        return Union[tuple(_evaluate(module, item) for item in inner)]  # noqa: UP007
     return _Opaque
 
 
-def _named(module: source.Module, node: ast.Name | ast.Attribute) -> Any:
+def _evaluate_name(module: source.Module, node: ast.Name | ast.Attribute) -> Any:
     dotted = source.dotted_name(module, node)
     home, _, name = dotted.rpartition(".")
     if home == "builtins":
@@ -228,7 +228,7 @@ def _named(module: source.Module, node: ast.Name | ast.Attribute) -> Any:
         return getattr(importlib.import_module(home), name)
     found = source.resolve(module, node)
     if isinstance(found.node, ast.expr):  # an alias, in this module or where it is imported from
-        return _evaluated(found.module, found.node)
+        return _evaluate(found.module, found.node)
     return _Opaque
 
 

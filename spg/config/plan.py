@@ -16,7 +16,14 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Override
 
 from spg.config.checks import check
-from spg.config.composition import check_names, composed, is_hydra, key_as_written, parsed, searching
+from spg.config.composition import (
+    check_names,
+    compose_open,
+    is_hydra,
+    key_as_written,
+    open_hydra,
+    parse_overrides,
+)
 from spg.config.errors import ConfigError
 from spg.config.options import folder_of_user
 
@@ -61,18 +68,18 @@ def preflight(primary: str, argv: Sequence[str]) -> Plan:
     if args.cfg or args.info or args.hydra_help:
         return Plan(tuple(argv), own=own)
     name = (args.config_name or primary).removesuffix(".yaml")
-    with searching(own):
-        overrides = parsed(args.overrides)
+    with open_hydra(own):
+        overrides = parse_overrides(args.overrides)
         check_names(name, overrides, own)
-        sweeper = composed(name, [], with_hydra=True).hydra
+        sweeper = compose_open(name, [], with_hydra=True).hydra
         params = dict(sweeper.sweeper.params or {})
         multirun = args.multirun or str(sweeper.mode) == "RunMode.MULTIRUN"
         given = {key_as_written(override) for override in overrides}
         # as Hydra does: the command line takes the place of what a sweep's file says
-        every = [*parsed([f"{k}={v}" for k, v in params.items() if k not in given]), *overrides]
+        every = [*parse_overrides([f"{k}={v}" for k, v in params.items() if k not in given]), *overrides]
         check_names(name, every, own)
         for lines in _one_at_a_time(every, multirun):
-            check(composed(name, lines))
+            check(compose_open(name, lines))
     # of several overrides of one key Hydra takes the last
     last = {key_as_written(o): o for o in every if not is_hydra(o)}
     values = {
@@ -96,9 +103,9 @@ def _title(name: str, overrides: Sequence[Override], from_file: bool) -> str:
 def sweep_folder(primary: str, plan: Plan) -> Path:
     """Return the directory of a plan's multirun; the environment must hold the name that it is made of."""
     args = get_args_parser().parse_args(list(plan.arguments))
-    with searching(plan.own):
-        lines = [o.input_line or "" for o in parsed(args.overrides) if is_hydra(o)]
-        cfg = composed((args.config_name or primary).removesuffix(".yaml"), lines, with_hydra=True)
+    with open_hydra(plan.own):
+        lines = [o.input_line or "" for o in parse_overrides(args.overrides) if is_hydra(o)]
+        cfg = compose_open((args.config_name or primary).removesuffix(".yaml"), lines, with_hydra=True)
     return Path(str(cfg.hydra.sweep.dir))
 
 

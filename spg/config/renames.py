@@ -44,12 +44,12 @@ RENAMED: dict[str, str] = {
 }
 
 
-def current(target: str) -> str:
+def current_path(target: str) -> str:
     """Return the present path of a class, for a path of this or of an older version."""
     return RENAMED.get(target, target)
 
 
-def updated(node: T) -> T:
+def update_paths(node: T) -> T:
     """Return a configuration, or what is nested in lists and mappings, with every class by its present path.
 
     In a configuration only the values of `_target_` are paths. In plain lists and mappings, such as the
@@ -64,11 +64,11 @@ def updated(node: T) -> T:
             result = node.copy()
             _update(result)
     elif isinstance(node, Mapping):
-        result = {key: updated(value) for key, value in node.items()}
+        result = {key: update_paths(value) for key, value in node.items()}
     elif isinstance(node, list):
-        result = [updated(item) for item in node]
+        result = [update_paths(item) for item in node]
     elif isinstance(node, str):
-        result = current(node)
+        result = current_path(node)
     return cast(T, result)
 
 

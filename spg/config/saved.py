@@ -13,7 +13,7 @@ from spg.config import renames
 from spg.config.options import files
 
 
-def saved(path: Path) -> DictConfig | None:
+def load_saved(path: Path) -> DictConfig | None:
     """Return the configuration that a run or an evaluation left at `path`, or None if there is none.
 
     Classes that an older version named by another path have their present one.
@@ -22,15 +22,15 @@ def saved(path: Path) -> DictConfig | None:
         cfg = OmegaConf.load(path)
     except (OSError, YAMLError):
         return None
-    return renames.updated(cfg) if isinstance(cfg, DictConfig) else None
+    return renames.update_paths(cfg) if isinstance(cfg, DictConfig) else None
 
 
-def shipped(group: str, node: Any) -> tuple[str, DictConfig] | None:
+def shipped_option(group: str, node: Any) -> tuple[str, DictConfig] | None:
     """Return name and settings of the shipped option of a group that has the classes of `node`, or None."""
     found: list[tuple[str, DictConfig]] = []
     keys_of = ("network._target_", "tokenizer._target_") if group == "model" else ("_target_",)
     for path in files(group):
-        option = saved(path) or OmegaConf.create()
+        option = load_saved(path) or OmegaConf.create()
         option = option.task if group == "task" else option
         classes = [OmegaConf.select(option, key) for key in keys_of]
         if OmegaConf.is_config(node) and classes == [OmegaConf.select(node, key) for key in keys_of]:
@@ -48,14 +48,14 @@ def task_of_run(argv: Sequence[str]) -> str | None:
         return None
     found = set()
     for run in given["run"].split(","):
-        cfg = saved(Path(run.strip("'\"")) / "config.yaml")
-        option = None if cfg is None else shipped("task", cfg.get("task"))
+        cfg = load_saved(Path(run.strip("'\"")) / "config.yaml")
+        option = None if cfg is None else shipped_option("task", cfg.get("task"))
         found.add(option and option[0])
     name = found.pop() if len(found) == 1 else None
     return None if name is None else f"task={name}"
 
 
-def settle_paths(cfg: DictConfig) -> DictConfig:
+def make_paths_absolute(cfg: DictConfig) -> DictConfig:
     """Return `cfg` with absolute local paths, so that a run can go on from another directory.
 
     These are a folder of published weights (model.path) and a file of preference pairs (preferences.path).

@@ -221,7 +221,7 @@ def _member(where: Module, names: list[str]) -> Found:
     if isinstance(definition, ast.Name | ast.Attribute):
         return _member(where, [*_dotted(definition), *rest])
     if definition is None:
-        return _elsewhere(where, first, rest)
+        return _find_elsewhere(where, first, rest)
     if isinstance(definition, ast.ClassDef) and rest:
         for statement in _statements(definition.body):
             if isinstance(statement, ast.ClassDef | ast.FunctionDef) and statement.name == rest[0]:
@@ -241,7 +241,7 @@ def _follow(path: str, rest: list[str]) -> Found:
     return find(".".join([path, *rest]))
 
 
-def _elsewhere(where: Module, first: str, rest: list[str]) -> Found:
+def _find_elsewhere(where: Module, first: str, rest: list[str]) -> Found:
     """Look for a name that the module does not define: a submodule, or one of its `import *`."""
     if where.package and module(f"{where.name}.{first}") is not None:
         return _follow(f"{where.name}.{first}", rest)

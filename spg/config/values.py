@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from spg.config import parts, source
 from spg.config.errors import ConfigError
 from spg.config.names import keys, nearest
-from spg.config.renames import current
+from spg.config.renames import current_path
 from spg.config.settings import NODES
 from spg.core.limits import LIMITS
 from spg.core.rules import allows, words
@@ -73,7 +73,7 @@ def part_at(key: str, target: str) -> parts.Part | None:
         ConfigError: if it does not exist; `key` says where it stands.
     """
     try:
-        return parts.read(current(target))
+        return parts.read(current_path(target))
     except source.AbsentError as error:
         where = f"{key}._target_" if key else "_target_"
         if not error.parent:
@@ -113,7 +113,7 @@ def rules(cfg: DictConfig) -> dict[str, list[Any]]:
             if node.part is not None and not node.part.open and name not in known:
                 _refuse(node, name)
             if known.get(name) is not None and not (name in LIMITS and "Annotated" not in repr(known[name])):
-                own = found.setdefault(_given_by(cfg, node.cfg, name, key), [])
+                own = found.setdefault(_key_of_value(cfg, node.cfg, name, key), [])
                 own += [known[name]] if known[name] not in own else []
     return found
 
@@ -133,7 +133,7 @@ def _refuse(node: Node, name: str) -> None:
     )
 
 
-def _given_by(cfg: DictConfig, parent: DictConfig, name: str, key: str) -> str:
+def _key_of_value(cfg: DictConfig, parent: DictConfig, name: str, key: str) -> str:
     """Return the key that a value comes from: that of a plain interpolation, else its own."""
     node = parent._get_node(name)
     written = node._value() if node is not None and node._is_interpolation() else None
@@ -144,7 +144,7 @@ def _given_by(cfg: DictConfig, parent: DictConfig, name: str, key: str) -> str:
         return key
     above, _, last = match[1].rpartition(".")
     holder = OmegaConf.select(cfg, above) if above else cfg
-    return _given_by(cfg, holder, last, match[1]) if isinstance(holder, DictConfig) else match[1]
+    return _key_of_value(cfg, holder, last, match[1]) if isinstance(holder, DictConfig) else match[1]
 
 
 def check_values(cfg: DictConfig) -> None:

@@ -75,7 +75,7 @@ def check_group_size(group_size: int, needed: int, what: str) -> None:
         raise ValueError(f"group_size={group_size}, but {what}; give group_size={needed}")
 
 
-def check_omega_has_data(num_mc: int, mu: int, fresh: bool, masking: str = "trajectory") -> None:
+def check_omega_has_data(num_mc: int, mu: int, fresh: bool, masking: str) -> None:
     """Refuse omega=auto if an update would never see what omega is estimated from.
 
     The estimate compares the masks of successive inner updates on one rollout. With one draw the EUBO per

@@ -1,4 +1,4 @@
-"""One terminal for log lines, progress bar and tables, so that they do not write over each other."""
+"""One terminal for log lines, the progress bar and tables, so that they do not overwrite each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 
 class _Lines(RichHandler):
-    """Log lines as they are: no time, level, wrapping or highlighting."""
+    """Shows log lines as they are, without time, level, wrapping or highlighting."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.console.print(Text(self.format(record)), soft_wrap=True)
@@ -22,7 +22,7 @@ console = Console(highlight=False)
 
 
 def take_over_logging() -> None:
-    """Send what loggers write to standard output through the console, and quiet Lightning's chatter."""
+    """Send log lines for standard output through the console, and silence Lightning's routine messages."""
     root = logging.getLogger()
     for handler in list(root.handlers):
         if isinstance(handler, logging.StreamHandler) and getattr(handler, "stream", None) is sys.stdout:
@@ -31,8 +31,7 @@ def take_over_logging() -> None:
         root.addHandler(_Lines(console=console))
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # rollouts are the work; loading prompts needs no worker processes
-    # raised inside Lightning by the torch that it allows
+    # Lightning itself causes the first warning; prompts load so fast that they need no worker processes
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")

@@ -1,4 +1,4 @@
-"""Small text files of a run's directory: read as they are, written whole or not at all."""
+"""Small text files: read as they are, and written completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def read_csv(path: str | Path) -> list[dict[str, str]]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` to `path`, whole or not at all."""
+    """Write `content` as JSON to `path`, completely or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a file under a temporary name and rename it, so that no reader meets half of it."""
+    """Write a file under a temporary name and rename it, so that no reader sees half of it."""
     staged = path.with_name(f"{path.name}.tmp")
     staged.write_text(text, encoding="utf-8", newline="")
     os.replace(staged, path)

@@ -1,4 +1,4 @@
-"""How the C library's allocator treats the large, short-lived tensors of a small model on CPU."""
+"""The C library's allocator, set up for the large, short-lived tensors of a small model on the CPU."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> None:
-    """Have freed memory kept for reuse instead of returned to the system, where that is glibc's.
+    """Make glibc keep freed memory for reuse instead of returning it to the system.
 
-    By default every tensor above 128 KiB is mapped and unmapped anew, and its pages are cleared by
-    the kernel each time: a fifth of a small model's run.
+    By default glibc maps and unmaps every tensor above 128 KiB anew, and the kernel clears its pages each
+    time. That takes a fifth of the time of a small model's run. Other C libraries are left as they are.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""Random streams that derive from names and numbers, never from how far another stream has run."""
+"""Random streams that depend on names and numbers only, never on how much another stream has drawn."""
 
 from __future__ import annotations
 
@@ -9,22 +9,31 @@ from torch import Generator, Tensor
 
 
 def derive_seed(seed: int, *path: str | int) -> int:
-    """Return a 63-bit seed for the stream that `path` names under `seed`."""
+    """Return the 63-bit seed of the stream that `path` names.
+
+    Args:
+        seed: The seed that all streams of a run share.
+        *path: Names and numbers that tell the stream from others.
+    """
     text = "/".join(str(part) for part in (seed, *path))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def generator(seed: int, *path: str | int) -> Generator:
-    """Return a CPU generator at the start of the stream that `path` names under `seed`."""
+    """Return a CPU generator at the start of the stream that `path` names; see `derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(seed, *path))
 
 
 class Streams:
-    """B streams of uniform numbers: number i of the stream of row `index` derives from (seed, index, i).
+    """B streams of uniform numbers, in which number i of a row depends on (seed, index of the row, i) only.
 
-    index [B]: whole numbers that tell rows apart. Which rows stand beside a row, and how far a draw
-    reaches along any axis, changes none of its numbers, on any device. They are splitmix64's
-    (Steele, Lea and Flood 2014), keyed axis by axis. Each call to `uniform` goes on to fresh numbers.
+    Neither other rows, nor the size of a draw along any axis, nor the device changes a number. The numbers
+    are those of splitmix64 (Steele, Lea and Flood 2014), keyed axis by axis. Each call to `uniform` draws new
+    numbers.
+
+    Args:
+        seed: The seed of all rows.
+        index: Whole numbers [B] that tell rows apart.
     """
 
     def __init__(self, seed: int, index: Tensor) -> None:
@@ -32,7 +41,12 @@ class Streams:
         self._calls = 0
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Draw numbers [B *shape], uniform from 0 to below 1, in float32 or float64."""
+        """Draw numbers [B *shape] that are uniform from 0 to below 1.
+
+        Args:
+            *shape: The axes after the first.
+            dtype: float32 or float64.
+        """
         self._calls += 1
         keys = _key(self._rows, torch.full_like(self._rows, self._calls))
         for size in shape:
@@ -47,12 +61,12 @@ _STEP, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644EC
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Shift int64 numbers right, zeros following."""
+    """Shift int64 numbers to the right and fill with zeros."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _key(key: Tensor, number: Tensor) -> Tensor:
-    """Return splitmix64's output number `number` after the state `key`, int64 with wrap-around."""
+    """Return output `number` of splitmix64 after the state `key`, in int64 with wrap-around."""
     x = key + (number + 1) * _STEP
     x = (x ^ _shifted(x, 30)) * _FIRST
     x = (x ^ _shifted(x, 27)) * _SECOND

@@ -1,4 +1,4 @@
-"""What a score says and how surely: intervals of a mean, and pass@k without bias."""
+"""Scores and their uncertainty: intervals of a mean, and pass@k without bias."""
 
 from __future__ import annotations
 
@@ -8,26 +8,33 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# the standard normal's 97.5% quantile, so that intervals are of 95%
+# the 97.5% quantile of the standard normal distribution, for intervals of 95%
 Z = 1.959963984540054
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
-    """Return the 95% score interval of a proportion, `right` of `n` (Wilson 1927).
+    """Return the 95% score interval of the proportion `right` / `n` (Wilson 1927).
 
-    It holds the p from 0 to 1 with (right / n - p)^2 <= Z^2 p (1 - p) / n. Raises ValueError where
-    there is nothing to count.
+    The interval holds every p from 0 to 1 with (right / n - p)^2 <= Z^2 p (1 - p) / n.
+
+    Raises:
+        ValueError: if `n` is 0 or `right` is not from 0 to `n`.
     """
     if not 0 <= right <= n or n == 0:
         raise ValueError(f"{right} of {n} is no proportion")
     centre = (right + Z**2 / 2) / (n + Z**2)
     half = Z / (n + Z**2) * math.sqrt(right * (n - right) / n + Z**2 / 4)
-    # at the ends the interval ends exactly there
+    # rounding must not move an end beyond 0 or 1
     return (0.0 if right == 0 else centre - half, 1.0 if right == n else centre + half)
 
 
 def bootstrap(values: np.ndarray, resamples: int) -> tuple[float, float]:
-    """Return the 95% percentile bootstrap interval of the mean of `values` [n], always the same one."""
+    """Return the 95% percentile bootstrap interval of a mean; the same values give the same interval.
+
+    Args:
+        values: Numbers [n].
+        resamples: Number of resamples.
+    """
     index = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     low, high = np.quantile(values[index].mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
@@ -69,18 +76,21 @@ def interval_of_mean(values: Sequence[Sequence[float]], resamples: int = 2000) -
 
 
 def pass_at_k(right: int, n: int, k: int) -> float:
-    """Return the chance that k of an example's n samples, drawn without replacement, hold a right one.
+    """Return the chance that at least one of k samples is right, drawn without replacement from n samples.
 
-    1 - C(n - right, k) / C(n, k), the unbiased estimate of Chen et al. 2021 (arXiv 2107.03374), as a product,
-    which no n is too large for. Raises ValueError where k samples can't be drawn.
+    This is 1 - C(n - right, k) / C(n, k), the unbiased estimate of Chen et al. 2021 (arXiv 2107.03374). It is
+    computed as a product, which does not overflow for large n.
+
+    Raises:
+        ValueError: if k samples can't be drawn, or `right` is not from 0 to `n`.
     """
     if not (0 <= right <= n and 1 <= k <= n):
-        raise ValueError(f"pass@{k} can't be told from {n} samples, {right} of them right")
+        raise ValueError(f"pass@{k} can't be computed from {n} samples, {right} of them right")
     if n - right < k:
         return 1.0
     return 1.0 - math.prod(1.0 - k / i for i in range(n - right + 1, n + 1))
 
 
 def mean_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> float:
-    """Return the mean of `pass_at_k` over examples, each given as (right, n)."""
+    """Return the mean of `pass_at_k` over examples, each given as its pair (right, n)."""
     return sum(pass_at_k(right, n, k) for right, n in counts) / len(counts)

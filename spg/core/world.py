@@ -20,8 +20,8 @@ class World:
     All processes must call the methods that gather, in the same order.
 
     Attributes:
-        rank: number of this process, from 0.
-        size: number of processes.
+        rank: Number of this process, from 0.
+        size: Number of processes.
     """
 
     rank: int = 0
@@ -44,7 +44,7 @@ class World:
         """Return the rows of all processes in the order of ranks.
 
         Args:
-            rows: this process's rows [B ...], of the same shape in all processes; they pass no gradient on.
+            rows: This process's rows [B ...], of the same shape in all processes; they pass no gradient on.
 
         Returns:
             All rows [N ...], N = B * size.

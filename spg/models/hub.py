@@ -20,7 +20,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from spg.config import ConfigError, check, parts, settle_paths
+from spg.config import ConfigError, check, make_paths_absolute, parts
 from spg.core.errors import InputError
 from spg.core.hub import hub_answers, one_line
 
@@ -47,7 +47,7 @@ def settle(cfg: DictConfig) -> DictConfig:
     Raises:
         ConfigError: if the folder holds another kind of model.
     """
-    cfg = settle_paths(cfg)
+    cfg = make_paths_absolute(cfg)
     path = None if "model" not in cfg else cfg.model.get("path")
     if path is None or cfg.model.weights != "published" or not (Path(path) / CONFIG).is_file():
         return cfg

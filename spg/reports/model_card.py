@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from omegaconf import DictConfig
 
 from spg import __version__
-from spg.config import shipped
+from spg.config import shipped_option
 from spg.runs.provenance import git_commit
 from spg.runs.status import read_status
 
@@ -81,7 +81,7 @@ To evaluate it, with `task=...`:
     def loading_commands(self) -> list[str]:
         """Return commands that load the folder, to be used with a task."""
         model = self.trained.model
-        option = shipped("model", model)
+        option = shipped_option("model", model)
         choice = "model=..." if option is None else f"model={option[0]}"
         path = model.get("path")
         if not self.whole:

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from spg import config
-from spg.config import ConfigError, renames
+from spg.config import ConfigError
 from spg.core.files import write_text
 
 # what an evaluation or an export needs to know of a run
@@ -20,7 +20,7 @@ def holds_run(folder: Path) -> bool:
     if any((folder / name).exists() for name in ("metrics.csv", "checkpoints", "weights.safetensors")):
         return True
     path = folder / "config.yaml"
-    return path.exists() and "generations" not in (config.saved(path) or ())
+    return path.exists() and "generations" not in (config.load_saved(path) or ())
 
 
 def read_config(folder: Path) -> DictConfig:
@@ -29,13 +29,13 @@ def read_config(folder: Path) -> DictConfig:
     Raises:
         ConfigError: if its config.yaml is not one of a run.
     """
-    cfg = config.saved(folder / "config.yaml")
+    cfg = config.load_saved(folder / "config.yaml")
     if cfg is None or "trainer" not in cfg:
         raise ConfigError(
             f"{folder / 'config.yaml'} is no run's configuration; give the directory that "
             "`python -m spg.train` printed at its end"
         )
-    return renames.updated(cfg)
+    return cfg
 
 
 def write_config(cfg: DictConfig, folder: Path) -> None:
@@ -51,7 +51,7 @@ def read_updated_config(path: str) -> DictConfig:
     Raises:
         ConfigError: if there is no run, or if one of its settings does not exist any more.
     """
-    cfg = config.saved(Path(path) / "config.yaml")
+    cfg = config.load_saved(Path(path) / "config.yaml")
     if cfg is None or "trainer" not in cfg:
         raise ConfigError(
             f"run={path} is no run's directory: it has no config.yaml of one; give the directory that "
@@ -67,7 +67,7 @@ def read_updated_config(path: str) -> DictConfig:
     if "precision" not in cfg.model and "precision" in cfg.trainer:  # the place until 0.3
         cfg.model.precision = cfg.trainer.precision
     for part in ("task", "model"):
-        option = config.shipped(part, cfg[part])
+        option = config.shipped_option(part, cfg[part])
         if option is None:  # not a shipped one, but the user's own
             continue
         unknown = [f"{part}.{key}" for key in cfg[part] if key not in option[1]]

@@ -16,7 +16,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from spg.algorithms.objectives import Adaptive, Objective
-from spg.config.renames import updated
+from spg.config.renames import update_paths
 from spg.core.errors import RunError
 from spg.core.world import World
 from spg.training.fsdp import sharding_of
@@ -66,7 +66,7 @@ class TrainedWeights:
         else:
             self._module.load_state_dict(tensors, strict=False)
 
-    def of(self, optimizer: LightningOptimizer) -> list[Tensor]:
+    def with_gradients(self, optimizer: LightningOptimizer) -> list[Tensor]:
         """Return the tensors that hold gradients; if weights are sliced, the optimizer's slices."""
         if sharding_of(self._module) is None:
             return list(self.tensors().values())
@@ -88,9 +88,9 @@ class ResumableModule(pl.LightningModule):
     """A module that counts its rollouts and updates, and goes on from a checkpoint as if it had not stopped.
 
     Args:
-        identity: settings that a checkpoint must share with the run that it is loaded into.
-        objective: what it has learned travels with the checkpoint, if it is `Adaptive`.
-        max_updates: updates of the run.
+        identity: Settings that a checkpoint must share with the run that it is loaded into.
+        objective: What it has learned travels with the checkpoint, if it is `Adaptive`.
+        max_updates: Updates of the run.
     """
 
     def __init__(self, identity: Mapping[str, Any], objective: Objective, max_updates: int) -> None:
@@ -148,7 +148,7 @@ class ResumableModule(pl.LightningModule):
         own = checkpoint.get("spg")
         if not isinstance(own, dict) or own.get("format") != FORMAT:
             raise RunError("the checkpoint was not written by this version of spg.train; give another")
-        _check_identity(updated(own["identity"]), updated(self.identity))
+        _check_identity(update_paths(own["identity"]), update_paths(self.identity))
         self.weights.check_fit(checkpoint["state_dict"])
         if own["updates"] > self.max_updates:
             raise RunError(

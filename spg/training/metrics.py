@@ -46,10 +46,10 @@ def update_metrics(
     """Sum what the processes computed in an update.
 
     Args:
-        result: this process's share of the loss, and its figures.
-        batch: the sequences that it comes from.
-        learned: the sequences that the objective learns from, bool [B].
-        world: the processes.
+        result: This process's share of the loss, and its figures.
+        batch: The sequences that it comes from.
+        learned: The sequences that the objective learns from, bool [B].
+        world: The processes.
 
     Returns:
         The loss, the figures' means over the sequences that are learned from, and the masked copies that

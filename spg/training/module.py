@@ -43,25 +43,25 @@ class Training(ResumableModule):
     """Improves a policy on a task by reinforcement learning.
 
     Args:
-        policy: the model that is trained.
-        task: asks, and scores completions.
-        sampler: decodes rollouts.
-        evaluator: decodes held-out completions.
-        advantage: from rewards to advantages.
-        masking: from a rollout to masked copies of it.
-        objective: from log-probabilities of masked copies to a loss.
-        optimization: numbers of the optimizer.
-        prompts: the examples of each rollout, shared by the processes.
-        mu: inner updates on each rollout.
-        group_size: completions of each prompt.
-        max_updates: ends the run, if necessary in the middle of a rollout's updates.
-        seed: all random draws derive from it.
-        micro_batch_size: masked sequences (completions x draws) in one forward pass; None for all of them.
+        policy: The model that is trained.
+        task: Asks questions and scores completions.
+        sampler: Decodes rollouts.
+        evaluator: Decodes held-out completions.
+        advantage: Turns rewards into advantages.
+        masking: Makes masked copies of completions.
+        objective: Turns log-probabilities of the masked copies into a loss.
+        optimization: Numbers of the optimizer.
+        prompts: The examples of each rollout, shared by the processes.
+        mu: Inner updates on each rollout.
+        group_size: Completions of each prompt.
+        max_updates: Ends the run, if necessary in the middle of a rollout's updates.
+        seed: All random draws derive from it.
+        micro_batch_size: Masked sequences (completions x draws) in one forward pass; None for all of them.
             It changes no gradient.
-        cut_completions: leave out positions behind the last one that may be scored in any sequence that is
-            learned from. They are masked, but a policy sees them while it decodes: the saving is not exact.
-        eval_batch_size: held-out completions that are decoded at once.
-        identity: settings that a checkpoint must share with the run that it is loaded into.
+        cut_completions: Leave out positions behind the last one that may be scored in any sequence that is
+            learned from. The policy sees them, masked, while it decodes, so this changes the loss.
+        eval_batch_size: Held-out completions that are decoded at once.
+        identity: Settings that a checkpoint must share with the run that it is loaded into.
     """
 
     @checked
@@ -117,7 +117,7 @@ class Training(ResumableModule):
         """Learn from one rollout (paper, Algorithm 1)."""
         experience = self.collect(prompts)
         started = time.perf_counter()
-        batches = self.batches(experience)
+        batches = self.prepare_batches(experience)
         preparation = (time.perf_counter() - started) / len(batches)
         for inner, batch in enumerate(batches):
             torch.manual_seed(derive_seed(self.seed, "dropout", self.rollouts, inner, self.global_rank))
@@ -140,18 +140,18 @@ class Training(ResumableModule):
         self.seconds["rollout"] += timing.rollout
         self.seconds["reward"] += timing.reward
         if not math.isfinite(metrics["reward"]):
-            raise self.failure("reward", experience)
+            raise self.describe_failure("reward", experience)
         self.record(metrics, self.updates + 1)
         return experience
 
-    def batches(self, experience: Experience) -> list[UpdateBatch]:
+    def prepare_batches(self, experience: Experience) -> list[UpdateBatch]:
         """Return what each inner update learns from: fresh masks, and what the objective compares with."""
         seeds = [derive_seed(self.seed, "masks", self.rollouts, inner) for inner in range(self.mu)]
         rounds = self.masking.rounds(experience.rollout, self.policy.mask_id, seeds)
         left = self.max_updates - self.updates
-        return [self.batch(experience, samples, inner) for inner, samples in enumerate(rounds[:left])]
+        return [self.prepare_batch(experience, samples, k) for k, samples in enumerate(rounds[:left])]
 
-    def batch(self, experience: Experience, samples: MaskedSamples, inner: int = 0) -> UpdateBatch:
+    def prepare_batch(self, experience: Experience, samples: MaskedSamples, inner: int = 0) -> UpdateBatch:
         """Return what inner update number `inner` learns from, before the policy changes."""
         if self.cut_completions:
             experience, samples = truncate_to_learned(experience, samples, self.objective, self.world)
@@ -171,12 +171,12 @@ class Training(ResumableModule):
         self.policy.train("old" not in self.objective.needs)
         optimizer.zero_grad()
         result = self.gradient.add(batch, BackwardPasses.of(self, self.world))
-        norm = clip_gradients(self.weights.of(optimizer), self.optimization.max_grad_norm)
+        norm = clip_gradients(self.weights.with_gradients(optimizer), self.optimization.max_grad_norm)
         learned = self.objective.learns_from(batch.experience)
         loss, means, copies = update_metrics(result, batch, learned, self.world)
         for name, value in (("loss", loss), ("gradient", norm)):
             if not math.isfinite(value):
-                raise self.failure(name, batch.experience, batch)
+                raise self.describe_failure(name, batch.experience, batch)
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         scheduler.step()
@@ -198,7 +198,9 @@ class Training(ResumableModule):
         """How the gradient of an update is computed."""
         return ExactGradient(self.policy, self.objective, self.micro_batch_size)
 
-    def failure(self, what: str, experience: Experience, batch: UpdateBatch | None = None) -> NonFiniteError:
+    def describe_failure(
+        self, what: str, experience: Experience, batch: UpdateBatch | None = None
+    ) -> NonFiniteError:
         """Return the error of a `what` that is not finite; every process must call this."""
         whole = {name.removeprefix("policy."): tensor for name, tensor in self.weights.whole().items()}
         number = self.updates + 1

@@ -26,7 +26,7 @@ class NonFiniteError(RunError):
     """A loss, gradient or reward is not a finite number.
 
     Attributes:
-        record: what is needed to compute it again.
+        record: What is needed to compute it again.
     """
 
     def __init__(self, text: str, record: dict[str, Any]) -> None:
@@ -48,13 +48,13 @@ def non_finite_error(
 
     Args:
         what: `reward`, `loss` or `gradient`.
-        update: number of the update, from 1.
-        rollout: number of the rollout, from 0.
-        experience: of this process.
-        batch: what was learned from; None for a reward.
-        gradient: of the policy and objective.
-        weights: whole trained tensors by their names in the policy; used on the first process.
-        world: the processes.
+        update: Number of the update, from 1.
+        rollout: Number of the rollout, from 0.
+        experience: What this process collected.
+        batch: What the update learns from; None for a reward.
+        gradient: Computes log-probabilities and loss again.
+        weights: Whole trained tensors {name in the policy: [...]}; used on the first process.
+        world: The processes.
     """
     completions = experience.rollout.texts
     rows = find_culprits(experience, batch, gradient)
@@ -108,7 +108,7 @@ def _has_finite_gradient(batch: UpdateBatch, row: int, gradient: ExactGradient) 
     members = (group == group[row]).nonzero().flatten()  # an objective may compare them
     one = batch.select(members)
     logps = gradient.all_logps(one)
-    for rows, draws in gradient.pieces(one):
+    for rows, draws in gradient.split(one):
         own = members[rows] == row
         if bool(own.any()):
             piece = rows[own], draws[own]

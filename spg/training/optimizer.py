@@ -33,7 +33,7 @@ def make_optimizer(
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
-    """Scale gradients that are larger than `max_norm` down to it, and return their norm before."""
+    """Scale the gradients of `parameters` [...] down to `max_norm` together; return their norm before."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spg.algorithms.objectives import Adaptive
-from spg.config import ConfigError, updated
+from spg.config import ConfigError, update_paths
 from spg.core.console import console
 from spg.core.types import Experience, MaskedSamples, Rollout, UpdateBatch
 from spg.training.assembly import build_module
@@ -35,7 +35,7 @@ def reproduce(path: Path) -> bool:
         what, update, config = record["what"], record["update"], record["config"]
     except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise ConfigError(f"{path} is no file that a stopped run left ({error})") from error
-    cfg = OmegaConf.create(updated(config))
+    cfg = OmegaConf.create(update_paths(config))
     assert isinstance(cfg, DictConfig)
     torch.set_num_threads(cfg.trainer.threads)
     module = build_module(cfg)

@@ -34,10 +34,10 @@ class BackwardPasses:
     """How the processes of a run add their gradients up.
 
     Attributes:
-        world: the processes; the default is one.
-        backward: runs one backward pass.
-        without_exchange: a context in which backward passes leave gradients in their process.
-        all_exchange: whether each backward pass exchanges gradients, as with sliced weights, so that every
+        world: The processes; the default is one.
+        backward: Runs one backward pass.
+        without_exchange: A context in which backward passes leave gradients in their process.
+        all_exchange: Whether each backward pass exchanges gradients, as with sliced weights, so that every
             process must make as many as the others; otherwise the last one alone does.
     """
 
@@ -60,10 +60,10 @@ class BackwardPasses:
         """Run this process's backward passes, and idle ones while other processes still work.
 
         Args:
-            losses: the `count` losses; each is computed only when its turn comes.
-            count: their number, which may differ between processes and be 0.
-            idle: returns a loss of 0 that depends on all weights.
-            device: of the weights.
+            losses: The `count` losses; each is computed only when its turn comes.
+            count: Their number, which may differ between processes and be 0.
+            idle: Returns a loss of 0 that depends on all weights.
+            device: Of the weights.
         """
         if self.world.size > 1:
             most = int(self.world.gather(torch.tensor([count], device=device)).max())
@@ -82,9 +82,9 @@ class ExactGradient:
     """Adds the gradient of an objective to the weights of a policy.
 
     Attributes:
-        policy: whose weights are trained.
-        objective: the loss.
-        micro_batch_size: masked sequences (completions x draws) in one forward pass; None for all of them.
+        policy: Whose weights are trained.
+        objective: The loss.
+        micro_batch_size: Masked sequences (completions x draws) in one forward pass; None for all of them.
             It changes no gradient.
     """
 
@@ -98,14 +98,14 @@ class ExactGradient:
         Sequences that the objective does not learn from are not computed.
 
         Args:
-            batch: this process's sequences and masks; see `freeze`.
-            passes: how gradients are summed over processes; by default there is one process.
+            batch: This process's sequences and masks; see `freeze`.
+            passes: How gradients are summed over processes; by default there is one process.
 
         Returns:
             This process's share of the loss, without gradient, and the objective's figures.
         """
         passes = passes or BackwardPasses()
-        pieces = self.pieces(batch)
+        pieces = self.split(batch)
         if len(pieces) <= 1:
             token_logps = torch.zeros(batch.samples.scored.shape, device=batch.samples.scored.device)
             for piece in pieces:
@@ -142,8 +142,8 @@ class ExactGradient:
         They are computed without dropout.
 
         Args:
-            batch: the sequences and masks.
-            policy_changes: whether the policy will have changed before it learns from the batch. If not, it
+            batch: The sequences and masks.
+            policy_changes: Whether the policy will have changed before it learns from the batch. If not, it
                 is still the policy that made the rollout, and `old` is left out.
         """
         old, reference = None, None
@@ -161,18 +161,18 @@ class ExactGradient:
         """Return log-probabilities [B M T] without gradient, 0 for what the objective does not learn from.
 
         Args:
-            batch: the sequences and masks.
-            states: takes the state of the random generator before each piece.
+            batch: The sequences and masks.
+            states: Takes the state of the random generator before each piece.
         """
         logps = torch.zeros(batch.samples.scored.shape, device=batch.samples.scored.device)
         with torch.no_grad():
-            for piece in self.pieces(batch):
+            for piece in self.split(batch):
                 if states is not None:
                     states.append(_random_state(logps.device))
                 logps[piece] = self.token_logps(batch, piece)
         return logps
 
-    def pieces(self, batch: UpdateBatch) -> list[Piece]:
+    def split(self, batch: UpdateBatch) -> list[Piece]:
         """Cut the (sequence, draw) pairs to compute into pieces of at most micro_batch_size."""
         learned = self.objective.learns_from(batch.experience)
         rows, draws = (learned.unsqueeze(-1) & batch.samples.scored.any(-1)).nonzero(as_tuple=True)

@@ -102,7 +102,7 @@ def test_the_update_is_that_of_the_cpu(
             policy.cuda()
             experience, samples = on_gpu(experience), on_gpu(samples)
         module = updating(policy, objective, 5)
-        loss = module.gradient.add(module.batch(experience, samples)).loss
+        loss = module.gradient.add(module.prepare_batch(experience, samples)).loss
         found.append((float(loss), gradient(policy).cpu()))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
     assert torch.allclose(found[0][1], found[1][1], atol=1e-4 * float(found[0][1].abs().max()))
@@ -134,7 +134,7 @@ def test_many_draws_need_the_memory_of_few(monkeypatch: pytest.MonkeyPatch) -> N
         module = updating(policy, objective, 1)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        module.gradient.add(module.batch(experience, samples))
+        module.gradient.add(module.prepare_batch(experience, samples))
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] < 1.05 * peaks[0]
 

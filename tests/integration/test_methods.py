@@ -167,7 +167,7 @@ def test_micro_batches_change_no_gradient_of_any_method(method: str) -> None:
         policy = small_policy()
         experience, rounds, module = experience_for(policy, method)
         module.micro_batch_size = size
-        batch = module.batch(experience, rounds[1], 1)
+        batch = module.prepare_batch(experience, rounds[1], 1)
         assert (batch.old is not None) == ("old" in module.objective.needs)
         moved(policy)
         result = module.gradient.add(batch)
@@ -185,7 +185,7 @@ def test_micro_batches_change_no_gradient_of_any_method(method: str) -> None:
 def test_the_first_update_needs_no_old_policy_since_it_is_that(method: str) -> None:
     policy = small_policy()
     experience, rounds, module = experience_for(policy, method)
-    first, later = (module.batch(experience, rounds[0], inner) for inner in (0, 1))
+    first, later = (module.prepare_batch(experience, rounds[0], inner) for inner in (0, 1))
     assert first.old is None
     assert later.old is not None
     result = module.gradient.add(first)
@@ -204,7 +204,7 @@ def test_the_old_policy_is_the_one_before_the_rollout_s_updates(monkeypatch: pyt
     """Its log-probabilities are taken under the masks of each update, before any of them."""
     policy = small_policy()
     experience, rounds, module = experience_for(policy, "d1")
-    before = module.batch(experience, rounds[1], 1).old
+    before = module.prepare_batch(experience, rounds[1], 1).old
     seen: list[Tensor | None] = []
 
     def update(batch: UpdateBatch) -> dict[str, float]:

@@ -34,9 +34,9 @@ class AdaptiveOmega:
     The omega of an update comes from earlier updates alone: it is independent of the update's masks.
 
     Args:
-        lower: the ELBO.
-        upper: the EUBO.
-        smoothing: how much of the earlier variances is kept at each update.
+        lower: The ELBO.
+        upper: The EUBO.
+        smoothing: How much of the earlier variances is kept at each update.
     """
 
     START = 0.5  # as the paper fixes it; until there is data
@@ -76,8 +76,8 @@ class AdaptiveOmega:
         """Compare a new set of draws with the one before.
 
         Args:
-            token_logps: log-probabilities [B M T].
-            samples: the masked copies that they belong to.
+            token_logps: Log-probabilities [B M T].
+            samples: The masked copies that they belong to.
             advantages: [B], the one tensor that all updates on a rollout share.
             weight: [B], of each sequence's mixture in the loss, 0 if the loss does not hold it.
 

@@ -29,11 +29,11 @@ class LikelihoodEstimator(ABC):
     """Estimates a sequence's log-likelihood from M masked copies of it.
 
     Args:
-        normalization: the scale of the estimate, see the module's docstring.
+        normalization: The scale of the estimate, see the module's docstring.
 
     Attributes:
-        constant: whether the estimate needs no log-probabilities, so that the sequences need no forward pass.
-        adaptive: what `omega=auto` has learned so far; None if the estimator has nothing to learn.
+        constant: Whether the estimate needs no log-probabilities, so that the sequences need no forward pass.
+        adaptive: What `omega=auto` has learned so far; None if the estimator has nothing to learn.
     """
 
     constant = False
@@ -48,8 +48,8 @@ class LikelihoodEstimator(ABC):
         """Estimate the log-likelihood of each sequence.
 
         Args:
-            token_logps: log-probabilities [B M T] in nats, with any value at positions that are not scored.
-            samples: the masked copies that they belong to.
+            token_logps: Log-probabilities [B M T] in nats, with any value at positions that are not scored.
+            samples: The masked copies that they belong to.
 
         Returns:
             Parts [B T] in nats.

@@ -18,6 +18,7 @@ class ELBO(LikelihoodEstimator):
     """Lower bound, E sum_i w(t) 1(masked) log pi(x_i | z_t) (Eq. 2)."""
 
     def __call__(self, token_logps: Tensor, samples: MaskedSamples) -> Tensor:
+        """Return parts [B T] in nats, from log-probabilities [B M T]."""
         parts = (samples.weight * _zero_unscored(token_logps, samples)).mean(1)
         if self.normalization == "elbo_weight":
             return parts
@@ -38,6 +39,7 @@ class EUBO(LikelihoodEstimator):
         self.beta = beta
 
     def __call__(self, token_logps: Tensor, samples: MaskedSamples) -> Tensor:
+        """Return parts [B T] in nats, from log-probabilities [B M T]."""
         log_mean = log_weighted_mean(token_logps, samples, self.beta)
         return self._mean_over_scored(log_mean / self.beta, samples)
 
@@ -46,11 +48,11 @@ class Mixture(LikelihoodEstimator):
     """omega * EUBO + (1 - omega) * ELBO (Eq. 8).
 
     Args:
-        beta: the EUBO's exponent.
-        omega: a number, or `auto` for the one of least variance in earlier updates (`AdaptiveOmega`), which
+        beta: The EUBO's exponent.
+        omega: A number, or `auto` for the one of least variance in earlier updates (`AdaptiveOmega`), which
             needs two draws and two inner updates or more.
-        normalization: the scale of both bounds.
-        smoothing: how much of the earlier variances `auto` keeps at each update.
+        normalization: The scale of both bounds.
+        smoothing: How much of the earlier variances `auto` keeps at each update.
     """
 
     @checked
@@ -77,6 +79,7 @@ class Mixture(LikelihoodEstimator):
         return self.fixed
 
     def __call__(self, token_logps: Tensor, samples: MaskedSamples) -> Tensor:
+        """Return parts [B T] in nats, from log-probabilities [B M T]."""
         upper, lower = self.upper(token_logps, samples), self.lower(token_logps, samples)
         return self.omega * upper + (1 - self.omega) * lower
 
@@ -94,6 +97,7 @@ class Loose(LikelihoodEstimator):
         self.beta = beta
 
     def __call__(self, token_logps: Tensor, samples: MaskedSamples) -> Tensor:
+        """Return parts [B T] in nats, from log-probabilities [B M T]."""
         logps = _zero_unscored(token_logps, samples)
         mean = (samples.weight * torch.exp(self.beta * logps)).mean(1)
         counted = samples.region if self.normalization == "elbo_weight" else samples.scored.any(1)
@@ -106,6 +110,7 @@ class Zero(LikelihoodEstimator):
     constant = True
 
     def __call__(self, token_logps: Tensor, samples: MaskedSamples) -> Tensor:
+        """Return parts [B T] in nats, from log-probabilities [B M T]."""
         return torch.zeros_like(token_logps[:, 0])
 
 

@@ -39,8 +39,8 @@ def count_of_share(totals: Tensor, shares: Tensor) -> Tensor:
     """Return numbers in {1, ..., total} [B ...], 0 if the total is 0.
 
     Args:
-        totals: whole numbers [B ...].
-        shares: numbers from 0 to below 1 [B ...]; if they are uniform, so is the result.
+        totals: Whole numbers [B ...].
+        shares: Numbers from 0 to below 1 [B ...]; if they are uniform, so is the result.
     """
     return ((shares * totals).long() + 1).minimum(totals)
 
@@ -49,7 +49,7 @@ class MaskingStrategy(ABC):
     """Makes M masked copies of each sequence of a rollout.
 
     Args:
-        prompt_mask_prob: probability of masking each token of the prompt and of clean blocks.
+        prompt_mask_prob: Probability of masking each token of the prompt and of clean blocks.
         region: `to_eos` scores positions up to the first EOS, `all` also those after it.
     """
 
@@ -80,8 +80,8 @@ class MonteCarloMasking(MaskingStrategy):
     """Draws M = num_mc masked copies of each sequence at random.
 
     Args:
-        num_mc: number of masked copies of each sequence.
-        prompt_mask_prob: probability of masking each token of the prompt and of clean blocks.
+        num_mc: Number of masked copies of each sequence.
+        prompt_mask_prob: Probability of masking each token of the prompt and of clean blocks.
         region: `to_eos` scores positions up to the first EOS, `all` also those after it.
     """
 
@@ -97,8 +97,8 @@ class MonteCarloMasking(MaskingStrategy):
         """Decide what to mask and what to score.
 
         Args:
-            region: positions that may be scored [B T].
-            streams: one stream of random numbers per sequence.
+            region: Positions that may be scored [B T].
+            streams: One stream of random numbers per sequence.
 
         Returns:
             `masked` and `scorable`, each [B M T]. `masked`, bool, is decided for positions of the region
@@ -107,6 +107,7 @@ class MonteCarloMasking(MaskingStrategy):
         """
 
     def __call__(self, rollout: Rollout, mask_id: int, seed: int) -> MaskedSamples:
+        """Mask the B sequences of `rollout` num_mc times; draws derive from (seed, rollout.index)."""
         streams = Streams(seed, rollout.index)
         return self._samples(rollout, mask_id, streams, *self.draw(self._region(rollout), streams))
 

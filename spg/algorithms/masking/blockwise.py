@@ -31,9 +31,9 @@ class BlockWise(MonteCarloMasking):
     entries of a permutation of blocks; a fresh one follows when it is used up.
 
     Args:
-        block_size: tokens per block.
-        num_mc: number of masked copies of each sequence.
-        prompt_mask_prob: probability of masking each token of the prompt and of clean blocks.
+        block_size: Tokens per block.
+        num_mc: Number of masked copies of each sequence.
+        prompt_mask_prob: Probability of masking each token of the prompt and of clean blocks.
         region: `to_eos` scores positions up to the first EOS, `all` also those after it.
         block_choice: `released` takes randperm(all blocks) modulo the eligible ones, which is not uniform
             when the completion ends early; `uniform` permutes the eligible blocks themselves.
@@ -66,9 +66,9 @@ class BlockWise(MonteCarloMasking):
         """Choose what to mask in the picked blocks.
 
         Args:
-            inside: positions of the picked blocks [B M T].
-            picked: numbers of the picked blocks [B M].
-            streams: one stream of random numbers per sequence.
+            inside: Positions of the picked blocks [B M T].
+            picked: Numbers of the picked blocks [B M].
+            streams: One stream of random numbers per sequence.
 
         Returns:
             `masked` [B M T], bool, and `factor` [B M 1], by which the weights of the draw are multiplied;
@@ -76,6 +76,7 @@ class BlockWise(MonteCarloMasking):
         """
 
     def draw(self, region: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
+        """Return what to mask and what to score, each [B M T], of the region [B T]."""
         block = torch.arange(region.shape[-1], device=region.device) // self.block_size
         picks = -(-self.num_mc // self.draws_per_block)
         picked = self._pick(region, block, picks, streams).repeat_interleave(self.draws_per_block, dim=1)
@@ -124,13 +125,13 @@ class BlockRandom(BlockWise):
       pair, so that the mean over draws stays unbiased.
 
     Args:
-        block_size: tokens per block.
-        num_mc: number of masked copies of each sequence.
-        prompt_mask_prob: probability of masking each token of the prompt and of clean blocks.
+        block_size: Tokens per block.
+        num_mc: Number of masked copies of each sequence.
+        prompt_mask_prob: Probability of masking each token of the prompt and of clean blocks.
         region: `to_eos` scores positions up to the first EOS, `all` also those after it.
-        block_choice: how a block is picked, see `BlockWise`.
-        scored_positions: which masked positions are scored, see `BlockWise`.
-        draws: how the draws depend on each other.
+        block_choice: How a block is picked, see `BlockWise`.
+        scored_positions: Which masked positions are scored, see `BlockWise`.
+        draws: How the draws depend on each other.
 
     Raises:
         ValueError: if draws=complementary and num_mc is odd.
@@ -157,9 +158,11 @@ class BlockRandom(BlockWise):
 
     @property
     def draws_per_block(self) -> int:
+        """How many neighbouring draws take the same block."""
         return 2 if self.draws == "complementary" else 1
 
     def choose(self, inside: Tensor, picked: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
+        """Return what to mask [B M T] and the factor of the weights [B M 1]."""
         if self.draws == "complementary":
             inside = inside[:, ::2]
             first = choose_exactly(inside, uniform_count(inside.sum(-1), streams), streams)
@@ -197,6 +200,7 @@ class BlockAll(BlockWise):
     """Masks the whole picked block."""
 
     def choose(self, inside: Tensor, picked: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
+        """Return what to mask [B M T] and the factor of the weights [B M 1]."""
         # all positions are chosen, but the draws keep later numbers of the stream what they were
         return choose_exactly(inside, inside.sum(-1), streams), _factor_one(inside)
 

@@ -18,6 +18,7 @@ class Full(MonteCarloMasking):
     """Masks the whole completion: the one-step view of D1 (released name: `all`)."""
 
     def draw(self, region: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
+        """Return what to mask and what to score, each [B M T], of the region [B T]."""
         masked = region.unsqueeze(1).expand(-1, self.num_mc, -1)
         return masked, torch.ones_like(masked)
 
@@ -26,6 +27,7 @@ class Random(MonteCarloMasking):
     """Masks a uniform number in {1, ..., n} of the region's n positions, anywhere in it."""
 
     def draw(self, region: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
+        """Return what to mask and what to score, each [B M T], of the region [B T]."""
         candidates = region.unsqueeze(1).expand(-1, self.num_mc, -1)
         masked = choose_exactly(candidates, uniform_count(candidates.sum(-1), streams), streams)
         return masked, torch.ones_like(masked)
@@ -40,6 +42,7 @@ class Spread(MonteCarloMasking):
     """
 
     def draw(self, region: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
+        """Return what to mask and what to score, each [B M T], of the region [B T]."""
         return self._at(streams.uniform(self.num_mc), region, streams)
 
     def rounds(self, rollout: Rollout, mask_id: int, seeds: Sequence[int]) -> list[MaskedSamples]:
@@ -83,6 +86,7 @@ class Complementary(MonteCarloMasking):
         check_pairs(num_mc, "complementary")
 
     def draw(self, region: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
+        """Return what to mask and what to score, each [B M T], of the region [B T]."""
         candidates = region.unsqueeze(1).expand(-1, self.num_mc // 2, -1)
         totals = candidates.sum(-1)
         first = choose_exactly(candidates, uniform_count(totals + 1, streams) - 1, streams)

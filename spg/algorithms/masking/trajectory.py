@@ -28,6 +28,7 @@ class Trajectory(MaskingStrategy):
         super().__init__(prompt_mask_prob, region)
 
     def __call__(self, rollout: Rollout, mask_id: int, seed: int) -> MaskedSamples:
+        """Return one masked copy per decoding step; `seed` matters for the prompt alone."""
         region = self._region(rollout)
         committed = region & (rollout.commit_step >= 0)
         steps = max(1, int(rollout.commit_step.amax()) + 1)

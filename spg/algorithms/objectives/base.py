@@ -16,8 +16,8 @@ class ObjectiveResult:
     """What an objective returns.
 
     Attributes:
-        loss: this process's share of the loss []; the sum over processes is the loss of the update.
-        figures: numbers to log {name: [B]}, valid for the sequences that are learned from. They pass no
+        loss: This process's share of the loss []; the sum over processes is the loss of the update.
+        figures: Numbers to log {name: [B]}, valid for the sequences that are learned from. They pass no
             gradient on.
     """
 
@@ -33,7 +33,7 @@ class Objective(Protocol):
     """What the update minimises.
 
     Attributes:
-        needs: what must be computed besides the policy's log-probabilities: `reference`, those of the
+        needs: What must be computed besides the policy's log-probabilities: `reference`, those of the
             model before training; `old`, those of the policy that made the rollout.
     """
 
@@ -50,8 +50,8 @@ class Objective(Protocol):
         """Compute the loss of this process's sequences.
 
         Args:
-            token_logps: the policy's log-probabilities [B M T] in nats, 0 at positions that are not scored.
-            batch: the sequences, their masks, what `needs` names, and the cohort of all processes, whose
+            token_logps: The policy's log-probabilities [B M T] in nats, 0 at positions that are not scored.
+            batch: The sequences, their masks, what `needs` names, and the cohort of all processes, whose
                 numbers normalise the loss.
         """
         ...

@@ -22,9 +22,9 @@ class DPO:
     training under the same masks (VRPO's antithetic sampling).
 
     Args:
-        estimator: of the bound B.
-        dpo_beta: how strongly the policy is held to the model before training.
-        sft_coef: of minus B(chosen) per position of its region, added to each preference's loss.
+        estimator: Estimates the bound B.
+        dpo_beta: How strongly the policy is held to the model before training.
+        sft_coef: Coefficient of minus B(chosen) per position of its region, added to each preference's loss.
 
     Raises:
         ValueError: if the estimator's normalization is not elbo_weight.

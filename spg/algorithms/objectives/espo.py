@@ -26,10 +26,10 @@ class ESPO:
     same masks, n the number of positions in its region.
 
     Args:
-        estimator: of the bound B.
-        epsilon: how far below 1 the ratio may go.
-        epsilon_high: how far above 1 the ratio may go; None for epsilon.
-        kl_coef: of (B_ref - B)^2 / (2 n), in nats per token, to the model before training.
+        estimator: Estimates the bound B.
+        epsilon: How far below 1 the ratio may go.
+        epsilon_high: How far above 1 the ratio may go; None for epsilon.
+        kl_coef: Coefficient of (B_ref - B)^2 / (2 n), in nats per token, to the model before training.
         loss_norm: `group`: the loss is the mean over each prompt's sequences, then over prompts; `batch`: the
             mean over all sequences.
 

@@ -31,7 +31,7 @@ class GRPO:
     The ratio r is of the policy to the one that made the rollout, under the same masks.
 
     Args:
-        epsilon: how far below 1 the ratio may go.
+        epsilon: How far below 1 the ratio may go.
         ratio: `token`: one ratio for each scored token of each draw; `step`: one for each draw, the product
             of its scored tokens' ratios (if draws are decoding steps: the probability of what the step
             committed), so that a draw has one term.
@@ -40,12 +40,13 @@ class GRPO:
             sequences.
         loss_norm: `group`: the average is taken over each prompt's group, then over groups; `batch`: over the
             whole update.
-        kl_coef: of the KL divergence per scored token.
-        kl_estimator: how the divergence is estimated, see `kl_estimates`.
-        kl_to: to the model before training (`reference`) or to the policy that made the rollout (`old`).
+        kl_coef: Coefficient of the KL divergence per scored token.
+        kl_estimator: How the divergence is estimated, see `kl_estimates`.
+        kl_to: The divergence is to the model before training (`reference`) or to the policy that made the
+            rollout (`old`).
         kl_average: `same`: averaged over tokens and draws as above; `sum`: summed over a draw's tokens and
             averaged over draws.
-        epsilon_high: how far above 1 the ratio may go; None for epsilon.
+        epsilon_high: How far above 1 the ratio may go; None for epsilon.
 
     Raises:
         ValueError: for ratio=step with average=tokens.

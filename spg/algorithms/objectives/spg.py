@@ -24,12 +24,12 @@ class SPG:
     bounds that are sums over tokens (`elbo_weight`).
 
     Args:
-        sandwich: the estimators of both bounds.
+        sandwich: The estimators of both bounds.
         loss_norm: `group`: both sums run over the sequences of one prompt, and the prompts are averaged;
             `batch`: they run over the whole update.
-        length_weighting: whether a sequence counts by its length.
-        kl_coef: of the KL divergence to the model before training, added with the same weights. With 0, as
-            published, no reference is needed.
+        length_weighting: Whether a sequence counts by its length.
+        kl_coef: Coefficient of the KL divergence to the model before training, added with the same weights.
+            With 0, as published, no reference is needed.
 
     Raises:
         ValueError: if length would be counted twice.

@@ -53,8 +53,8 @@ def clip_surrogate(
     Args:
         log_ratio: [B ...], in nats.
         advantages: [B].
-        low: the ratio is clipped below 1 - low.
-        high: the ratio is clipped above 1 + high.
+        low: The ratio is clipped below 1 - low.
+        high: The ratio is clipped above 1 + high.
 
     Returns:
         min(r A, clip(r, 1 - low, 1 + high) A), r, and whether clipping is active; each [B ...].
@@ -77,8 +77,8 @@ def kl_estimates(log_ratio: Tensor, estimator: str) -> Tensor:
     and `k3` exp(d) - d - 1 (Schulman 2020). The last two are never negative, and 0 if the models agree.
 
     Args:
-        log_ratio: d [...], in nats.
-        estimator: k1, k2 or k3.
+        log_ratio: The differences d [...], in nats.
+        estimator: One of k1, k2 and k3.
 
     Returns:
         Estimates [...], in nats.

@@ -17,8 +17,8 @@ class WD1:
     """- sum_j w+_j S_j + sum_j w-_j S_j, with w+ = softmax(A), w- = softmax(-A) and S the log-likelihood.
 
     Args:
-        estimator: of the log-likelihood S.
-        positive_only: leave out the second sum.
+        estimator: Estimates the log-likelihood S.
+        positive_only: Leave out the second sum.
         loss_norm: `group`: the softmax runs over the sequences of one prompt, and the prompts' losses are
             averaged; `batch`: it runs over all sequences of the update.
 

@@ -209,12 +209,12 @@ def test_empty_draws_are_not_computed_and_pieces_change_no_gradient() -> None:
     found = []
     for size in (None, 3):
         module = updating(policy, objective, size)
-        pieces = module.gradient.pieces(module.batch(experience, samples))
+        pieces = module.gradient.split(module.prepare_batch(experience, samples))
         learned = objective.learns_from(experience)
         assert sum(len(rows) for rows, _ in pieces) == int(samples.scored.any(-1)[learned].sum())
         assert int((~samples.scored.any(-1)[learned]).sum()) > 0
         policy.zero_grad()
-        loss = module.gradient.add(module.batch(experience, samples)).loss
+        loss = module.gradient.add(module.prepare_batch(experience, samples)).loss
         found.append((float(loss), gradient(policy)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert torch.allclose(found[0][1], found[1][1], atol=1e-5 * float(found[0][1].abs().max()))
@@ -243,7 +243,7 @@ def test_32_draws_in_pieces_keep_what_2_draws_keep() -> None:
 
         module = updating(policy, objective, size)
         with torch.autograd.graph.saved_tensors_hooks(Held, lambda kept: kept.tensor):
-            module.gradient.add(module.batch(experience, samples))
+            module.gradient.add(module.prepare_batch(experience, samples))
         assert held["now"] == 0
         peaks[num_mc, size] = held["most"]
     # the pieces hold other numbers of scored positions, and there are a few more tensors [B M T]

@@ -139,7 +139,7 @@ def gradient_of(
 ) -> tuple[float, Tensor, dict[str, Tensor]]:
     policy = small_policy()
     module = training(policy, estimator, micro_batch_size)
-    result = module.gradient.add(module.batch(*batch(seed)))
+    result = module.gradient.add(module.prepare_batch(*batch(seed)))
     gradients = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
     return float(result.loss), torch.cat(gradients), dict(result.figures)
 
@@ -174,7 +174,7 @@ def test_sequences_without_advantage_are_not_computed_but_counted(
 
     monkeypatch.setattr(policy, "token_logps", spy)
     module = training(policy, "mixture", None)
-    loss = module.gradient.add(module.batch(experience, samples)).loss
+    loss = module.gradient.add(module.prepare_batch(experience, samples)).loss
     assert seen == [4 * 3]
     rollout = experience.rollout
     mask = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.given)], -1)

@@ -29,7 +29,7 @@ spg.tasks.humaneval.HumanEval spg.tasks.math500.Math500 spg.tasks.mbpp.MBPP spg.
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_path_of_version_0_5_names_a_class_of_today(target: str) -> None:
-    module, _, name = renames.current(target).rpartition(".")
+    module, _, name = renames.current_path(target).rpartition(".")
     found = getattr(importlib.import_module(module), name)
     assert found.__name__ == target.rpartition(".")[2]
 
@@ -62,6 +62,8 @@ def test_an_identity_and_a_record_are_updated_too() -> None:
         "seed": "0",
         "task._target_": "spg.tasks.sudoku.Sudoku",
     }
-    assert renames.updated(identity) == identity | {"masking._target_": "spg.algorithms.masking.Full"}
+    assert renames.update_paths(identity) == identity | {"masking._target_": "spg.algorithms.masking.Full"}
     record = {"algorithm": {"list": [{"_target_": "spg.estimators.ELBO"}, 3]}}
-    assert renames.updated(record)["algorithm"]["list"][0] == {"_target_": "spg.algorithms.estimators.ELBO"}
+    assert renames.update_paths(record)["algorithm"]["list"][0] == {
+        "_target_": "spg.algorithms.estimators.ELBO"
+    }

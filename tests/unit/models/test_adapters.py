@@ -155,7 +155,9 @@ def test_an_adapter_s_folder_is_evaluated_by_its_own_numbers(
     assert record["settings"]["adapter"] == str(finished / "adapter")
     assert (record["settings"]["lora"], record["selection"]) == (True, None)
     assert any(f"weights base, adapter {finished / 'adapter'}" in line for line in results.beside(record))
-    assert config.saved(tmp_path / "alone" / "config.yaml").model.lora.folder == str(finished / "adapter")
+    assert config.load_saved(tmp_path / "alone" / "config.yaml").model.lora.folder == str(
+        finished / "adapter"
+    )
     base = evaluated(tmp_path / "base", "model.lora=paper")
     assert base["results"]["base"] == own["base"]
     assert base["settings"]["lora"] is False, "what is not trained is not put in"
@@ -262,7 +264,7 @@ def module_of(policy: Policy, kl_coef: float, micro_batch_size: int | None = Non
 
 
 def gradient(module: Training, seed: int = 0) -> tuple[float, Tensor, dict[str, Tensor]]:
-    result = module.gradient.add(module.batch(*batch(seed)))
+    result = module.gradient.add(module.prepare_batch(*batch(seed)))
     found = [p.grad.flatten() for p in module.policy.parameters() if p.grad is not None]
     return float(result.loss), torch.cat(found), dict(result.figures)
 
@@ -394,5 +396,5 @@ def test_a_divergence_that_overflows_names_its_sequences() -> None:
     experience, samples = batch(0)
     loss, _, _ = gradient(module)
     assert loss == float("inf")
-    found = find_culprits(experience, module.batch(experience, samples), module.gradient)
+    found = find_culprits(experience, module.prepare_batch(experience, samples), module.gradient)
     assert found, "named, and not blamed on the weights"

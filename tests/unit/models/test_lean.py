@@ -91,7 +91,7 @@ def test_loss_and_gradient_are_those_of_the_plain_way(
     for checkpointing in (False, True):
         policy.network.checkpointing = checkpointing
         policy.zero_grad()
-        loss = module.gradient.add(module.batch(experience, samples)).loss
+        loss = module.gradient.add(module.prepare_batch(experience, samples)).loss
         lean = gradient(policy)
         policy.network.checkpointing = False
         policy.zero_grad()
@@ -169,8 +169,8 @@ def test_what_no_one_sees_is_cut_off_without_a_difference(monkeypatch: pytest.Mo
     monkeypatch.setattr(policy, "token_logps", lambda t, *a: widths.append(t.shape[1]) or original(t, *a))
     objective = config.build(config.compose("config", []).algorithm.objective)
     module = updating(policy, objective, None)
-    one = module.gradient.add(module.batch(experience, samples)).loss
-    two = module.gradient.add(module.batch(replace(experience, rollout=wider), padded)).loss
+    one = module.gradient.add(module.prepare_batch(experience, samples)).loss
+    two = module.gradient.add(module.prepare_batch(replace(experience, rollout=wider), padded)).loss
     assert widths[0] == widths[1]
     assert float(one) == pytest.approx(float(two), rel=1e-6)
 

@@ -547,7 +547,7 @@ def test_runs_of_the_version_before_get_what_was_fixed_then(tmp_path: Path) -> N
     old.trainer.precision = "bf16-mixed"
     runs.write_config(old, tmp_path)
     assert runs.read_updated_config(str(tmp_path)).model.precision == "bf16-mixed"
-    option = config.shipped("model", config.compose("config", ["model=llada_toy"]).model)
+    option = config.shipped_option("model", config.compose("config", ["model=llada_toy"]).model)
     assert option is not None
     assert option[0] == "llada_toy"
 

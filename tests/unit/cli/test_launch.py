@@ -1,0 +1,48 @@
+"""How commands start: folders that cannot be written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from spg.cli import launch
+from spg.core.errors import InputError
+from spg.runs.status import lock
+
+
+@pytest.mark.parametrize("module", ["evaluate", "config"])
+def test_a_folder_that_can_t_be_written_is_one_line(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing")):
+        monkeypatch.setattr(sys, "argv", [module, f"hydra.run.dir={folder}"])
+        with pytest.raises(SystemExit) as ended:
+            launch.run(module, print)
+        assert ended.value.code == 2
+        told = capsys.readouterr().err
+        assert told.startswith("hydra.run.dir: nothing can be written there")
+        assert told.count("\n") == 1
+        with pytest.raises(InputError, match="can't be written to"), lock(folder):
+            pass
+
+
+def test_a_job_s_own_error_is_not_taken_for_the_folder_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def job(cfg: Any) -> None:
+        raise PermissionError("of the job")
+
+    with pytest.raises(ValueError, match="a bug"), launch._writable("x"):
+        raise ValueError("a bug")
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"hydra.run.dir={tmp_path}"])
+    ended = SimpleNamespace(return_value=None)
+    monkeypatch.setattr(
+        "hydra._internal.hydra.run_job", lambda task_function, **rest: task_function(None) or ended
+    )
+    with pytest.raises(PermissionError, match="of the job"):
+        launch.run("evaluate", job)
