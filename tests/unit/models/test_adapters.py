@@ -21,8 +21,8 @@ from spg.config import ConfigError
 from spg.core.errors import Interrupted
 from spg.core.types import UpdateBatch
 from spg.evaluation import candidates as completing
-from spg.evaluation import results
 from spg.evaluation.settings import merge_settings
+from spg.evaluation.tables import score_context
 from spg.models.base_weights import file_name
 from spg.models.factory import build_policy
 from spg.models.lora import LoRA, SavedLoRA
@@ -154,7 +154,7 @@ def test_an_adapter_s_folder_is_evaluated_by_its_own_numbers(
     assert record["results"]["adapter"]["accuracy"] != own["base"]["accuracy"]
     assert record["settings"]["adapter"] == str(finished / "adapter")
     assert (record["settings"]["lora"], record["selection"]) == (True, None)
-    assert any(f"weights base, adapter {finished / 'adapter'}" in line for line in results.beside(record))
+    assert any(f"weights base, adapter {finished / 'adapter'}" in line for line in score_context(record))
     assert config.load_saved(tmp_path / "alone" / "config.yaml").model.lora.folder == str(
         finished / "adapter"
     )
