@@ -20,7 +20,7 @@ from spg.cli.train import resume
 from spg.config import ConfigError
 from spg.core.errors import Interrupted
 from spg.core.types import UpdateBatch
-from spg.evaluation import candidates as completing
+from spg.evaluation import checkpoints
 from spg.evaluation.settings import merge_settings
 from spg.evaluation.tables import score_context
 from spg.models.base_weights import file_name
@@ -204,7 +204,7 @@ def test_an_adapter_of_another_s_making(tmp_path: Path) -> None:
 def test_a_folder_that_can_t_be_evaluated_is_refused_before_weights_are_read(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completing, "build_policy", None)
+    monkeypatch.setattr(checkpoints, "build_policy", None)
     given = f"adapter={finished / 'adapter'}"
     for lines, words in (
         ([f"adapter={tmp_path}"], "is no PEFT folder: it has no adapter_config.json; give the one that the"),

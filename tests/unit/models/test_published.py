@@ -286,7 +286,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "shard": (
         lambda f: (f / SHARD.format(2)).unlink(),
-        r"names 1 \(model-00002-of-00003\.safetensors\) of 3 files that are not there; get the folder",
+        r"names 1 \(model-00002-of-00003\.safetensors\) of 3 files that are not there; get the files",
     ),
     "index of another": (
         lambda f: rewrite(f / SHARD.format(1), lambda t: t.pop(WTE)),

@@ -355,7 +355,7 @@ def test_the_tokenizer_pads_with_the_end_of_a_completion_and_opens_no_thought(tm
         assert each.decode(ids) == (
             "<|im_start|>user\n1 + 1<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
         )
-        never = policy._never_chosen(270, torch.device("cpu"))
+        never = policy._excluded_ids(270, torch.device("cpu"))
         assert not never[each.convert_tokens_to_ids("<|endoftext|>")]
         assert never[policy.mask_id]
     with pytest.raises(InputError, match="nothing"):
