@@ -1,1 +1,1 @@
-"""From prompts to scored completions."""
+"""From prompts to scored completions: decoding, collection, the order of prompts, recorded pairs."""

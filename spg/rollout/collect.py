@@ -1,4 +1,4 @@
-"""From examples to experience: prompts, rollouts, rewards, advantages."""
+"""From examples to experience: prompts, completions, rewards, advantages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spg.tasks.base import Task
 from spg.tasks.scoring import score_all
 
 
-def rollout(
+def roll_out(
     policy: Policy,
     decoder: Decoder,
     task: Task,
@@ -29,10 +29,19 @@ def rollout(
     seed: int,
     first: int = 0,
 ) -> Rollout:
-    """Decode `group_size` completions of each of P examples, B = P * group_size, groups in a row.
+    """Decode `group_size` completions of each of P examples.
 
-    Groups are numbered from `first`, sequences accordingly; a sequence's random draws derive from
-    `seed` and its number.
+    Args:
+        policy: Completes the prompts.
+        decoder: Decides how tokens are chosen.
+        task: Gives the prompts and templates.
+        examples: P examples.
+        group_size: Number of completions of each example.
+        seed: The random draws of a sequence derive from it and from the number of the sequence.
+        first: Number of the first group; sequences are numbered accordingly.
+
+    Returns:
+        B = P * group_size completions, with those of an example in a row.
     """
     group = torch.arange(first, first + len(examples)).repeat_interleave(group_size)
     index = torch.arange(first * group_size, (first + len(examples)) * group_size)
@@ -49,9 +58,16 @@ def complete(
     index: Tensor,
     seed: int,
 ) -> Rollout:
-    """Decode one completion of each of B examples; group and index [B] as in `Prompts`.
+    """Decode one completion of each of B examples.
 
-    A sequence's random draws derive from `seed` and its index.
+    Args:
+        policy: Completes the prompts.
+        decoder: Decides how tokens are chosen.
+        task: Gives the prompts and templates.
+        examples: B examples.
+        group: [B] number of the prompt that a sequence belongs to.
+        index: [B] number of the sequence.
+        seed: The random draws of a sequence derive from it and from the index of the sequence.
     """
     prompts = policy.prepare(
         examples,
@@ -65,10 +81,15 @@ def complete(
 
 
 @dataclass(frozen=True)
-class Collected:
-    """Seconds that the parts of a collection took, how many tokens it decoded, and how exactly.
+class CollectionStats:
+    """What a collection cost, and how exact its decoding was.
 
-    logp_difference [B]: what a cache changed (see `decoding.logp_difference`); None without one.
+    Attributes:
+        rollout: Seconds of decoding.
+        reward: Seconds of scoring.
+        tokens: Number of decoded tokens.
+        logp_difference: [B] change of log-probabilities by a cache, in nats per token (see the function of
+            this name in `spg.rollout.decoder`); None without a cache.
     """
 
     rollout: float
@@ -86,29 +107,40 @@ def collect(
     group_size: int,
     seed: int,
     world: World | None = None,
-) -> tuple[Experience, Collected]:
-    """Let the policy complete P examples `group_size` times, and score what it wrote.
+) -> tuple[Experience, CollectionStats]:
+    """Let the policy complete examples `group_size` times each, and score the completions.
 
-    The processes of `world` share the examples; a group never spans two of them. An advantage may depend on
-    every reward, those of the other processes included; the result holds this process's sequences.
+    Args:
+        policy: Completes the prompts, in evaluation mode.
+        decoder: Decides how tokens are chosen.
+        task: Gives prompts, templates and rewards.
+        advantage: Turns rewards [P G] into advantages [P G]. It sees the rewards of all processes.
+        examples: P examples, the same in all processes.
+        group_size: Number of completions of each example, G.
+        seed: The random draws of a sequence derive from it and from the number of the sequence.
+        world: The processes that share the examples; a group never spans two of them.
+
+    Returns:
+        The experience of the sequences of this process, and what it cost.
     """
     world = world or World()
     first = world.stretch(len(examples)).start
     started = time.perf_counter()
     was_training = policy.training
     policy.eval()
-    done = rollout(policy, decoder, task, world.share(examples), group_size, seed, first)
+    completed = roll_out(policy, decoder, task, world.share(examples), group_size, seed, first)
     decoded = time.perf_counter()
-    exact = decoder.cache == "none"
-    apart = None if exact else logp_difference(policy, done, derive_seed(seed, "difference"))
+    difference = None
+    if decoder.cache != "none":
+        difference = logp_difference(policy, completed, derive_seed(seed, "difference"))
     policy.train(was_training)
     compared = time.perf_counter()
-    parts = score_all(task.reward, done.examples, done.texts, task.workers)
+    parts = score_all(task.reward, completed.examples, completed.texts, task.workers)
     reward_parts = {name: torch.tensor([p[name] for p in parts], device=policy.device) for name in parts[0]}
     rewards = torch.stack(list(reward_parts.values())).sum(0)
     advantages = advantage(world.gather(rewards).view(-1, group_size)).flatten()
     start = first * group_size
-    experience = Experience(done, rewards, reward_parts, advantages[start : start + len(rewards)])
+    experience = Experience(completed, rewards, reward_parts, advantages[start : start + len(rewards)])
     ended = time.perf_counter()
-    tokens = int((done.commit_step >= 0).sum())
-    return experience, Collected(decoded - started, ended - compared, tokens, apart)
+    tokens = int((completed.commit_step >= 0).sum())
+    return experience, CollectionStats(decoded - started, ended - compared, tokens, difference)

@@ -1,21 +1,21 @@
-"""Decoding: fill a completion's holes step by step, block after block (paper, G.2 and Table 17)."""
+"""Decoding: fill the holes of a completion step by step, block after block (paper, G.2 and Table 17)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from spg.core.limits import check_limits
+from spg.core.rules import Count, NotNegative, checked
 from spg.core.seeding import Streams
 from spg.core.types import Prompts, Rollout
 from spg.models.network import Cache
 from spg.models.policy import Measure, Policy, distinct_rows
 
-# by its name in the configuration, what the positions are ordered by, the highest first
+# by its name in the configuration: the measure that orders the positions, the highest first
 CONFIDENCE: dict[str, Measure] = {
     "low_confidence": "probability",
     "margin": "margin",
@@ -24,22 +24,31 @@ CONFIDENCE: dict[str, Measure] = {
 
 
 def transfer_counts(holes: Tensor, steps: int) -> Tensor:
-    """Spread `holes` [B] over `steps` as evenly as whole numbers allow, the rest first; [B steps]."""
+    """Spread `holes` [B] over steps as evenly as whole numbers allow, the larger numbers first; [B steps]."""
     base, rest = holes // steps, holes % steps
     return base.unsqueeze(-1) + (torch.arange(steps, device=holes.device) < rest.unsqueeze(-1))
 
 
-def through_first(hits: Tensor) -> Tensor:
+def mask_through_first(hits: Tensor) -> Tensor:
     """Return bool [B T]: True up to and including the first True of `hits` [B T] in each row."""
     return hits.cumsum(-1) - hits.long() == 0
 
 
 @torch.no_grad()
 def logp_difference(policy: Policy, rollout: Rollout, seed: int) -> Tensor:
-    """Return by how much a cache changed log-probabilities of committed tokens, [B], in nats a token.
+    """Return by how much a cache changed the log-probabilities of committed tokens.
 
-    One decoding step of each sequence is drawn and computed exactly: the mean, over the tokens committed in
-    it, of |log-probability when it was committed - exact one|. 0 up to rounding where nothing is cached.
+    One decoding step of each sequence is drawn and computed exactly. The result is the mean of
+    |log-probability when the token was committed - exact log-probability| over the tokens committed in that
+    step. Without a cache it is 0 up to rounding.
+
+    Args:
+        policy: The policy that decoded the completions.
+        rollout: B completions.
+        seed: Decides which step of a sequence is drawn.
+
+    Returns:
+        [B], in nats per token.
     """
     committed = rollout.commit_step >= 0
     keys = Streams(seed, rollout.index).uniform(committed.shape[-1]).masked_fill(~committed, -1.0)
@@ -48,69 +57,77 @@ def logp_difference(policy: Policy, rollout: Rollout, seed: int) -> Tensor:
     mask = None if bool(rollout.prompt_mask.all()) else rollout.attention_mask
     seen = rollout.inputs_at(step.unsqueeze(1), policy.mask_id).squeeze(1)
     exact = policy.token_logps(seen, mask, rollout.completion_ids, scored)
-    apart = (exact - rollout.commit_logps).abs().masked_fill(~scored, 0.0)
-    return apart.sum(-1) / scored.sum(-1).clamp_min(1)
+    difference = (exact - rollout.commit_logps).abs().masked_fill(~scored, 0.0)
+    return difference.sum(-1) / scored.sum(-1).clamp_min(1)
 
 
 def _lead(key: Tensor, picked: Tensor) -> Tensor:
-    """Return by how much the least of `key` [B W] at `picked` positions exceeds the largest elsewhere [B].
+    """Return by how much the least `key` [B W] of picked positions exceeds the largest of the others, [B].
 
-    Infinite where nothing is left elsewhere, that is where `key` is -inf there.
+    The result is infinite if no other position is open (their `key` is -inf).
     """
     return key.masked_fill(~picked, torch.inf).amin(-1) - key.masked_fill(picked, -torch.inf).amax(-1)
 
 
 class Decoder:
-    """Decodes blocks from left to right; one block of the full length is full-sequence decoding.
+    """Decodes blocks from left to right. One block of the full length is full-sequence decoding.
 
-    gen_length: completion tokens T. block_size: of the decoding blocks (the last may be shorter).
-    steps: for the whole completion, shared out evenly: steps // blocks for each, at least 1, as
-    released; steps in which no row has a token to commit are not computed. temperature: 0 is greedy.
-    remasking: each step commits the positions of highest confidence, by the chosen token's probability
-    (`low_confidence`), the `margin` between the two likeliest or the lowest `entropy`; or `random` ones.
-    stop_at_eos: a row is done when a finished block holds its EOS, the rest becomes EOS, and decoding
-    ends when all rows are done. near_tie: at temperature 0, count the decisions whose two best
-    alternatives lie no further apart: of the token at a position being committed, in logits; of the
-    positions, between the least confident one committed and the most confident one left, in the units
-    of the confidence. None does not count.
-
-    cache: `none` computes every position in every step, as released. `prefix` computes all of them in a
-    block's first step, then the block and what follows it; `dual` the block alone. The others' keys and
-    values stay what they were in the last full pass, so that the samples differ a little (Fast-dLLM, Wu et
-    al. 2025, arXiv 2505.22618). refresh_every: steps of a block between full passes; None for one a block; 1
-    is exact.
+    Args:
+        gen_length: Number of completion tokens, T.
+        block_size: Number of tokens in a decoding block; the last block may be shorter.
+        steps: Decoding steps for the whole completion. Each block gets steps // blocks of them, at least 1,
+            as in the released code. Steps in which no row has a token to commit are not computed.
+        temperature: 0 is greedy.
+        remasking: Which positions a step commits: those whose chosen token has the highest probability
+            (`low_confidence`), the largest `margin` to the second token, or the lowest `entropy`; or `random`
+            ones.
+        stop_at_eos: If true, a row is done when a finished block holds its EOS. The rest becomes EOS, and
+            decoding ends when all rows are done.
+        near_tie: At temperature 0, count the decisions whose two best alternatives lie no further apart than
+            this: in logits for the token of a position that is committed; in units of the confidence for the
+            least confident position committed and the most confident one left. None does not count.
+        cache: `none` computes every position in every step, as in the released code. `prefix` computes all
+            of them in the first step of a block, and afterwards the block and what follows it; `dual`
+            afterwards the block only. The keys and values of the other positions stay as they were in the
+            last full pass, so the samples differ a little (Fast-dLLM, Wu et al. 2025, arXiv 2505.22618).
+        refresh_every: Number of steps of a block between full passes; None is one full pass per block, and
+            1 is exact.
     """
 
+    @checked
     def __init__(
         self,
-        gen_length: int,
-        block_size: int,
-        steps: int,
-        temperature: float = 0.0,
-        remasking: str = "low_confidence",
+        gen_length: Count,
+        block_size: Count,
+        steps: Count,
+        temperature: NotNegative = 0.0,
+        remasking: Literal["low_confidence", "random", "margin", "entropy"] = "low_confidence",
         stop_at_eos: bool = True,
-        near_tie: float | None = None,
-        cache: str = "none",
-        refresh_every: int | None = None,
+        near_tie: NotNegative | None = None,
+        cache: Literal["none", "prefix", "dual"] = "none",
+        refresh_every: Count | None = None,
     ) -> None:
-        check_limits(gen_length=gen_length, block_size=block_size, steps=steps)
-        check_limits(temperature=temperature, remasking=remasking, stop_at_eos=stop_at_eos)
-        check_limits(near_tie=near_tie, cache=cache, refresh_every=refresh_every)
         self.gen_length = gen_length
         self.block_size = min(block_size, gen_length)
         self.steps = steps
         self.temperature = temperature
         self.remasking = remasking
         self.stop_at_eos = stop_at_eos
-        self.near_tie = near_tie if temperature == 0 else None  # a draw has no best alternative
+        self.near_tie = near_tie if temperature == 0 else None  # a random draw has no best alternative
         self.cache = cache
         self.refresh_every = refresh_every
 
     def __call__(self, policy: Policy, prompts: Prompts, seed: int | None = None) -> Rollout:
         """Complete B prompts.
 
-        seed: random draws derive from (seed, prompts.index), so that the rows beside a row change
-        nothing. Raises ValueError where randomness is needed and the seed is missing.
+        Args:
+            policy: Proposes tokens.
+            prompts: B prompts with their templates.
+            seed: Random draws derive from (seed, prompts.index), so that other rows of the batch change
+                nothing.
+
+        Raises:
+            ValueError: if randomness is needed and the seed is missing.
         """
         if self.temperature > 0 or self.remasking == "random":
             if seed is None:
@@ -125,7 +142,7 @@ class Decoder:
         return replace(done, group=prompts.group, index=prompts.index, examples=prompts.examples)
 
     def _decode(self, policy: Policy, prompts: Prompts, streams: Streams | None) -> Rollout:
-        """Complete prompts, waiting for the device once a block: how many holes are left, the host knows."""
+        """Complete prompts. The host counts the holes, so it waits for the device only once per block."""
         batch, width = prompts.ids.shape
         blocks = [
             slice(start, min(start + self.block_size, self.gen_length))
@@ -134,11 +151,11 @@ class Decoder:
         steps = max(1, self.steps // len(blocks))
         holes = torch.stack([(~prompts.given[:, block]).sum(-1) for block in blocks], dim=1)
         schedule = torch.stack([transfer_counts(column, steps) for column in holes.T], dim=1).tolist()
-        state = _State.before(prompts, policy.mask_id)
+        state = _State.of_prompts(prompts, policy.mask_id)
         tokens_noise, order_noise = self._noise(streams, len(blocks) * steps)
         cache = None if self.cache == "none" else Cache()
         active = list(range(batch))
-        fresh = True  # nothing is decoded yet: the completions of a prompt are equal
+        fresh = True  # before the first step all completions of a prompt are equal
 
         for number, block in enumerate(blocks):
             plan = {row: schedule[row][number] for row in active if any(schedule[row][number])}
@@ -147,10 +164,10 @@ class Decoder:
             taken = 0
             for step in (s for s in range(steps) if any(counts[s] for counts in plan.values())):
                 at = number * steps + step
-                # a cache holds the same rows throughout a block; without one, others sit a step out
+                # a cache needs the same rows in a whole block; else rows with nothing to commit are left out
                 rows = [row for row, counts in plan.items() if cache is not None or counts[step]]
                 left = max(sum(plan[row][step:]) for row in rows)
-                part = _Part(rows, batch, prompts.ids.device)
+                part = _Rows(rows, batch, prompts.ids.device)
                 if cache is not None and taken % (self.refresh_every or steps) == 0:
                     cache.clear()
                 self._step(
@@ -181,7 +198,7 @@ class Decoder:
         self,
         policy: Policy,
         state: _State,
-        part: _Part,
+        part: _Rows,
         block: slice,
         at: int,
         counts: Tensor,
@@ -192,7 +209,7 @@ class Decoder:
         cache: Cache | None,
         seen: slice,
     ) -> None:
-        """Commit `counts` [N 1] tokens of a block in the rows of `part`, which have at most `left` holes."""
+        """Commit `counts` [N 1] tokens of a block in the rows of `part`, of at most `left` holes each."""
         first = state.tokens.shape[1] - self.gen_length + block.start
         window = slice(first, first + block.stop - block.start)
         remaining = part(state.open[:, block])
@@ -255,14 +272,14 @@ class _State:
     """Completions while they are decoded."""
 
     tokens: Tensor  # [B L]
-    mask: Tensor | None  # [B L] True at real tokens; None where nothing is padded
-    open: Tensor  # [B T] holes that are not filled yet
+    mask: Tensor | None  # [B L] True at real tokens; None if nothing is padded
+    open: Tensor  # [B T] holes that are still to fill
     commit_step: Tensor  # [B T]
     commit_logps: Tensor  # [B T]
     near_ties: Tensor  # [B]
 
     @classmethod
-    def before(cls, prompts: Prompts, mask_id: int) -> _State:
+    def of_prompts(cls, prompts: Prompts, mask_id: int) -> _State:
         """Return the state before the first step."""
         completion = prompts.template.masked_fill(~prompts.given, mask_id)
         mask = None
@@ -284,7 +301,7 @@ class _State:
             prompt_ids=prompts.ids,
             prompt_mask=prompts.mask,
             completion_ids=completion,
-            completion_mask=through_first(completion == policy.eos_id),
+            completion_mask=mask_through_first(completion == policy.eos_id),
             given=prompts.given,
             group=prompts.group,
             index=prompts.index,
@@ -296,8 +313,8 @@ class _State:
         )
 
 
-class _Part:
-    """Some of a batch's rows: reads and writes them in tensors [B ...], without waiting for the device."""
+class _Rows:
+    """Some rows of a batch: reads and writes them in tensors [B ...], without waiting for the device."""
 
     def __init__(self, rows: Sequence[int], batch: int, device: torch.device) -> None:
         self.device = device
@@ -315,7 +332,7 @@ class _Part:
             whole[self._index] = values
 
     def tensor(self, numbers: Sequence[Any]) -> Tensor:
-        """Return numbers as a tensor on the device; from pinned memory, since else the copy would wait."""
+        """Return numbers as a tensor on the device; a copy from pinned memory does not wait."""
         tensor = torch.tensor(numbers)
         return (
             tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor

@@ -1,4 +1,4 @@
-"""Which examples a rollout starts from: a function of (seed, rollout), not of a position in a loop."""
+"""The order of prompts: which examples a rollout starts from follows from (seed, rollout) alone."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ from spg.core.seeding import generator
 
 
 class PromptStream(IterableDataset[list[Example]]):
-    """Yields `count` prompts for each rollout, every example once before any comes again.
+    """Gives `count` examples for each rollout; every example comes once before any comes again.
 
-    Pass number k over the n examples is a permutation that derives from (seed, k).
+    Pass number k over the examples is a permutation that derives from (seed, k).
+
+    Args:
+        examples: The training examples.
+        count: Number of examples for each rollout.
+        rollouts: Number of rollouts, the length of the stream.
+        seed: Seed of the permutations.
+
+    Raises:
+        ValueError: if there are no examples.
     """
 
     def __init__(self, examples: Sequence[Example], count: int, rollouts: int, seed: int) -> None:
@@ -34,7 +43,7 @@ class PromptStream(IterableDataset[list[Example]]):
         return (self.examples(number) for number in range(self.rollouts))
 
     def examples(self, rollout: int) -> list[Example]:
-        """Return the examples of rollout number `rollout`, from 0."""
+        """Return the `count` examples of a rollout, which are numbered from 0."""
         first = rollout * self.count
         return [self._at(first + i) for i in range(self.count)]
 

@@ -13,8 +13,8 @@ from spg.core.examples import Example
 from spg.core.seeding import derive_seed
 from spg.core.types import Prompts, Rollout
 from spg.models.policy import Policy
-from spg.rollout.collect import rollout
-from spg.rollout.decoder import Decoder, through_first
+from spg.rollout.collect import roll_out
+from spg.rollout.decoder import Decoder, mask_through_first
 from spg.tasks.base import Task
 from spg.tasks.preferences import SIDES, Preferences, tokens_key
 from spg.tasks.scoring import score_all
@@ -24,20 +24,30 @@ CHECKED_TOGETHER = 64
 
 
 class Recorded(Decoder):
-    """Stands where a decoder stands, and gives each sequence its recorded completion.
+    """Takes the place of a decoder, and gives each sequence its recorded completion.
 
-    gen_length: completion tokens T. Of a group of two, the sequence of even number gets the chosen
-    completion, the other one the rejected; EOS follows it to the end, and given tokens of a template stay. A
-    completion of all T tokens has no EOS, as one that was cut off. No decoding step committed any of its
-    tokens. Called, it raises InputError where a completion is longer, does not fit its template, or holds
-    EOS or [MASK].
+    In a group of two, the sequence with the even number gets the chosen completion, and the other one the
+    rejected completion. EOS fills the rest, and given tokens of a template stay. A completion of T tokens
+    has no EOS, like one that was cut off. No decoding step committed any of its tokens.
+
+    Args:
+        gen_length: Number of completion tokens, T.
     """
 
     def __init__(self, gen_length: int) -> None:
         super().__init__(gen_length, block_size=gen_length, steps=1)
 
     def __call__(self, policy: Policy, prompts: Prompts, seed: int | None = None) -> Rollout:
-        """Return B recorded completions; `seed` changes nothing."""
+        """Return B recorded completions.
+
+        Args:
+            policy: Gives the tokenizer.
+            prompts: B prompts, whose examples are pairs.
+            seed: Has no effect.
+
+        Raises:
+            InputError: if a completion is too long, does not fit its template, or holds EOS or [MASK].
+        """
         sides = [SIDES[number % len(SIDES)] for number in prompts.index.tolist()]
         rows = [
             self._lay_out(policy, example, side, template, given)
@@ -46,7 +56,7 @@ class Recorded(Decoder):
             )
         ]
         completion = torch.tensor(rows, dtype=torch.long, device=prompts.ids.device)
-        mask = through_first(completion == policy.eos_id)
+        mask = mask_through_first(completion == policy.eos_id)
         return Rollout.of_completions(
             prompts,
             completion,
@@ -79,14 +89,15 @@ class Recorded(Decoder):
                     f"{wanted!r} is given; write it with the given parts in place"
                 )
         rest = [policy.eos_id] * (self.gen_length - len(ids))
-        # what a template gives behind an end that the model wrote into a hole stays there
+        # given tokens of the template stay, even after an end-of-text token in a hole
         return [t if fixed else own for own, t, fixed in zip(ids + rest, template, given, strict=True)]
 
 
 def tokens_of(policy: Policy, pair: Example, side: str) -> list[int]:
-    """Return the token ids of one side of a pair, up to its end: the recorded ones, or those of its text.
+    """Return the token ids of one side of a pair, without an end-of-text token.
 
-    Recorded ones that do not read as the text are another tokenizer's, or the text was changed since.
+    These are the recorded ids if they decode to the text, else those that the tokenizer gives the text: the
+    ids may come from another tokenizer, or somebody may have edited the text.
     """
     ids: list[int] | None = pair.get(tokens_key(side))
     known = ids is not None and all(0 <= token < len(policy.tokenizer) for token in ids)
@@ -105,11 +116,11 @@ def check_pairs(policy: Policy, recorded: Recorded, task: Preferences) -> None:
     for at in range(0, len(pairs), CHECKED_TOGETHER):
         batch = pairs[at : at + CHECKED_TOGETHER]
         try:
-            rollout(policy, recorded, task, batch, len(SIDES), 0)
+            roll_out(policy, recorded, task, batch, len(SIDES), 0)
         except InputError:
             for pair in batch:
                 try:
-                    rollout(policy, recorded, task, [pair], len(SIDES), 0)
+                    roll_out(policy, recorded, task, [pair], len(SIDES), 0)
                 except InputError as error:
                     raise InputError(f"{task.path}, line {pair['line']}: {error}") from error
             raise
@@ -124,37 +135,47 @@ def make_pairs(
     batch_size: int,
     seed: int,
 ) -> Iterator[list[dict[str, Any] | None]]:
-    """Yield, a batch of examples at a time, their pairs as a file has them, None where all rewards are equal.
+    """Make preference pairs: of several completions of an example, prefer the best to the worst.
 
-    Each example is completed `samples` times; the best completion is preferred to the worst, the first of
-    equally good ones. batch_size: completions decoded together, at least one example's; it changes no draw.
-    A line also has the two rewards.
+    Args:
+        policy: Completes the prompts.
+        decoder: Decides how tokens are chosen.
+        task: Gives prompts and rewards.
+        examples: The examples, one pair each.
+        samples: Number of completions of each example.
+        batch_size: Number of completions to decode together, at least those of one example. It changes no
+            draw.
+        seed: The random draws of a completion derive from it and from the number of the completion.
+
+    Yields:
+        The pairs of a batch of examples, as lines of a file with the two rewards added. A pair is None if all
+        rewards of its example are equal. Of equally good completions the first one counts.
     """
     count = max(1, batch_size // samples)
     for at in range(0, len(examples), count):
         batch = examples[at : at + count]
-        done = rollout(policy, decoder, task, batch, samples, derive_seed(seed, "pairs"), at)
-        parts = score_all(task.reward, done.examples, done.texts, task.workers)
+        completed = roll_out(policy, decoder, task, batch, samples, derive_seed(seed, "pairs"), at)
+        parts = score_all(task.reward, completed.examples, completed.texts, task.workers)
         rewards = [sum(part.values()) for part in parts]
         yield [
-            _pair_of(policy, task, example, done, rewards, slice(n * samples, (n + 1) * samples))
+            _pair_of(policy, task, example, completed, rewards, slice(n * samples, (n + 1) * samples))
             for n, example in enumerate(batch)
         ]
 
 
 def _pair_of(
-    policy: Policy, task: Task, example: Example, done: Rollout, rewards: list[float], group: slice
+    policy: Policy, task: Task, example: Example, completed: Rollout, rewards: list[float], group: slice
 ) -> dict[str, Any] | None:
-    """Return the pair of the completions in the rows `group`, None where none is better than another."""
+    """Return the pair of the completions in the rows `group`, or None if all rewards are equal."""
     rows = range(group.start, group.stop)
     best, worst = max(rows, key=rewards.__getitem__), min(rows, key=rewards.__getitem__)
     if rewards[best] == rewards[worst]:
         return None
     line: dict[str, Any] = {"prompt": task.prompt(example)}
     for side, row in zip(SIDES, (best, worst), strict=True):
-        text = done.texts[row]
+        text = completed.texts[row]
         line[side] = text
-        ids = _up_to_end(done.completion_ids[row], policy.eos_id)
+        ids = _up_to_end(completed.completion_ids[row], policy.eos_id)
         if not _reads_as(policy, text, ids):
             line[tokens_key(side)] = ids
         line[f"{side}_reward"] = rewards[row]
@@ -167,7 +188,7 @@ def _up_to_end(completion_ids: Tensor, eos_id: int) -> list[int]:
 
 
 def _reads_as(policy: Policy, text: str, ids: list[int]) -> bool:
-    """Return whether the model's tokenizer reads a text as these tokens."""
+    """Return whether the tokenizer of the model reads a text as these tokens."""
     try:
         return policy.encode(text) == ids
     except InputError:

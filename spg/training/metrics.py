@@ -8,11 +8,11 @@ from torch import Tensor
 from spg.algorithms.objectives import ObjectiveResult
 from spg.core.types import Experience, UpdateBatch
 from spg.core.world import World
-from spg.rollout.collect import Collected
+from spg.rollout.collect import CollectionStats
 
 
 def rollout_metrics(
-    experience: Experience, timing: Collected, group_size: int, eos_id: int, world: World
+    experience: Experience, timing: CollectionStats, group_size: int, eos_id: int, world: World
 ) -> dict[str, float]:
     """Return a rollout's metrics: means over the completions of all processes, and this process's times."""
     rollout = experience.rollout

@@ -28,7 +28,7 @@ from spg.models import base_weights
 from spg.models.factory import check_device, check_reads
 from spg.models.policy import Policy
 from spg.models.weights import save_weights
-from spg.rollout.decoder import Decoder, through_first
+from spg.rollout.decoder import Decoder, mask_through_first
 from spg.rollout.prompt_order import PromptStream
 from spg.tasks.base import Task
 
@@ -93,7 +93,7 @@ def solved_rollout(policy: Policy, task: Task, examples: list[Example], gen_leng
         examples, texts, [(text,) for text in texts], prompts.group, prompts.index, gen_length
     )
     completion = solved.template
-    mask = through_first(completion == policy.eos_id)
+    mask = mask_through_first(completion == policy.eos_id)
     return Rollout.of_completions(prompts, completion, mask, tuple(texts), tuple(examples))
 
 
