@@ -1,6 +1,6 @@
-"""Advantages: how good each completion is beside the others, rewards [P G] -> advantages [P G].
+"""Advantages: how good each completion is compared with others, rewards [P G] -> advantages [P G].
 
-P prompts, G completions each. Groups are normalised on their own, except where a docstring says so.
+P prompts, G completions each. Each group is normalised on its own, unless a docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Normalized:
 
 
 class Shifted:
-    """Another advantage minus its minimum over the batch, so that none is negative (Table 7)."""
+    """Another advantage minus its minimum over the batch, so that no advantage is negative (Table 7)."""
 
     def __init__(self, base: Advantage) -> None:
         self.base = base

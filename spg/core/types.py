@@ -61,9 +61,7 @@ class Rollout(_Rows):
     group: Tensor  # [B] number of the prompt that the sequence belongs to, over all processes
     index: Tensor  # [B] number of the sequence, over all processes; its random draws derive from it
     commit_step: Tensor  # [B T] decoding step that fixed the token, -1 if none did
-    commit_logps: (
-        Tensor  # [B T] log-probability of the token in that step, in nats, at temperature 1; 0 if none
-    )
+    commit_logps: Tensor  # [B T] log-probability in that step, in nats, at temperature 1; 0 if none
     near_ties: Tensor  # [B] greedy decisions that rounding could change; 0 if they were not counted
     texts: tuple[str, ...]  # the completions, up to their EOS
     examples: tuple[Mapping[str, Any], ...]  # the task's examples, one per sequence

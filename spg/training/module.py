@@ -58,7 +58,7 @@ class Training(ResumableModule):
         seed: All random draws derive from it.
         micro_batch_size: Masked sequences (completions x draws) in one forward pass; None for all of them.
             It changes no gradient.
-        cut_completions: Leave out positions behind the last one that may be scored in any sequence that is
+        cut_completions: Leave out positions after the last one that may be scored in any sequence that is
             learned from. The policy sees them, masked, while it decodes, so this changes the loss.
         eval_batch_size: Held-out completions that are decoded at once.
         identity: Settings that a checkpoint must share with the run that it is loaded into.

@@ -3,7 +3,7 @@
 If the B x M masked sequences do not fit in one pass, `ExactGradient` takes two: (1) all log-probabilities
 [B M T], without gradient, piece by piece; (2) the loss on that small tensor and its gradient with respect to
 it; (3) each piece again, its backward pass starting from that gradient. The loss may thus join draws and
-sequences in any way: the EUBO's mean over draws stands inside its log. One extra forward pass is the price.
+sequences in any way: the mean over draws is inside the log of the EUBO. One extra forward pass is the price.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ class ExactGradient:
 def truncate_to_learned(
     experience: Experience, samples: MaskedSamples, objective: Objective, world: World
 ) -> tuple[Experience, MaskedSamples]:
-    """Return both without the positions behind the longest completion that any process learns from."""
+    """Return both without the positions after the longest completion that any process learns from."""
     length = longest_learned(experience, samples, objective, world)
     return replace(experience, rollout=experience.rollout.truncate(length)), samples.truncate(length)
 

@@ -1,4 +1,4 @@
-"""The bounds: ELBO, EUBO, their mixture, the looser upper bound, and none at all."""
+"""The bounds: ELBO, EUBO, their mixture, a looser upper bound, and the constant 0."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class EUBO(LikelihoodEstimator):
     """Upper bound, (1/beta) sum_i log E[w(t) 1(masked) pi^beta(x_i | z_t)] (Eq. 7), in log-space.
 
     The bound holds for beta >= 1, up to a constant that does not depend on the policy (Theorem 1); any
-    beta > 0 is computed. A token that no draw scored has no estimate and adds 0. The log stands
+    beta > 0 is computed. A token that no draw scored has no estimate and adds 0. The log is
     outside the expectation: few draws bias the estimate low.
     """
 

@@ -69,7 +69,7 @@ class Complementary(MonteCarloMasking):
 
     Draw 2k masks a number uniform on {0, ..., n} of the region's n positions, draw 2k + 1 the others, so that
     each pair scores every position once. A draw that masks j of them weights each by (n + 1) / j, which makes
-    the mean over draws an unbiased ELBO, as ESPO takes it. A draw that masks none scores nothing.
+    the mean over draws an unbiased ELBO, as ESPO takes it. A draw that masks no position scores nothing.
 
     Raises:
         ValueError: if num_mc is odd.

@@ -59,7 +59,7 @@ class Objective(Protocol):
 
 @runtime_checkable
 class Adaptive(Protocol):
-    """What an objective has beside `Objective` if it learns numbers of its own between updates."""
+    """What an objective has in addition to `Objective` if it learns numbers of its own between updates."""
 
     def adapt(self, means: Mapping[str, float]) -> dict[str, float]:
         """Learn, after an update's step, from its figures' means over all sequences; return what to log."""

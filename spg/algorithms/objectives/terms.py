@@ -103,7 +103,7 @@ def require_reference(batch: UpdateBatch, user: str) -> Tensor:
     """Return the reference model's log-probabilities [B M T].
 
     Raises:
-        ValueError: if the batch has none; it names `user`, who needs them.
+        ValueError: if the batch lacks them; the message names `user`, which needs them.
     """
     if batch.reference is None:
         raise ValueError(
