@@ -181,7 +181,7 @@ def check_choices(bench: Bench, rollout: Rollout) -> dict[str, Any]:
             continue
         open_yet = (rollout.commit_step >= step) | (rollout.commit_step < 0)
         state = rollout.completion_ids.masked_fill(open_yet, bench.policy.mask_id)
-        with torch.no_grad(), bench.policy.computing():
+        with torch.no_grad(), bench.policy.autocast():
             logits = plain.all_logits(bench.policy, torch.cat([rollout.prompt_ids, state], 1))[:, width:]
         logits = logits.float()
         own = logits.gather(-1, rollout.completion_ids.unsqueeze(-1)).squeeze(-1)
@@ -208,7 +208,7 @@ def check_probabilities(bench: Bench) -> dict[str, Any]:
     policy, targets = bench.policy, bench.filled
     every = torch.ones_like(targets, dtype=torch.bool)
     ours = policy.token_logps(bench.masked, None, targets, every)
-    with policy.computing():
+    with policy.autocast():
         logits = plain.all_logits(policy, bench.masked)[:, bench.given.prompt :]
     expected = logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     error = float(((ours - expected).abs() / expected.abs().clamp_min(1)).max())
@@ -227,7 +227,7 @@ def check_draws(bench: Bench, repeats: int = 4) -> dict[str, Any]:
     """
     policy, block = bench.policy, bench.given.block
     window = slice(bench.given.prompt, bench.given.prompt + block)
-    with policy.computing():
+    with policy.autocast():
         logits = plain.all_logits(policy, bench.masked)[:, window].double() / bench.temperature
     found: dict[str, Any] = {"draws": repeats * logits.shape[0] * block, "allowed": DEVIATIONS}
     for name in ("plain", "ours"):
@@ -242,7 +242,7 @@ def check_draws(bench: Bench, repeats: int = 4) -> dict[str, Any]:
         for seed in range(repeats):
             if name == "plain":
                 generator = torch.Generator(logits.device).manual_seed(seed)
-                with policy.computing():
+                with policy.autocast():
                     ids, _ = plain.choose(
                         plain.all_logits(policy, bench.masked), bench.temperature, generator
                     )

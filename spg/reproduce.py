@@ -1,4 +1,4 @@
-"""`python -m spg.reproduce file=<run dir>/nonfinite-update-....pt`: see a number that is none again."""
+"""`python -m spg.reproduce file=<run dir>/nonfinite-update-....pt`: compute again what was not finite."""
 
 from spg.cli.reproduce import main
 

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def _enter(line: list[str], folder: str, environment: dict[str, str], outputs: t
         sys.excepthook(*sys.exc_info())
         code = 130 if isinstance(sys.exc_info()[1], KeyboardInterrupt) else 1
     finally:
+        # in an interpreter's order: joblib ends its workers first, which the functions at exit wait for
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from spg import config
 from spg.cli import base_weights, launch
+from spg.cli.job_names import swept_values
 from spg.config import ConfigError
 from spg.core.errors import Interrupted, RunError
 from spg.evaluation.comparison import report_multirun
@@ -36,7 +37,7 @@ def job(cfg: DictConfig) -> None:
     # a task that the command line did not choose is that of the run, with its settings
     overrides = [line for line in hydra_cfg.overrides.task if line != os.environ.get("SPG_RUN_TASK")]
     if hydra_cfg.mode == RunMode.MULTIRUN:
-        values = launch.swept_values(cfg)
+        values = swept_values(cfg)
         run_job(folder, values, lambda: sweep_job(merge_settings(cfg, overrides), folder, values))
     else:
         start(merge_settings(cfg, overrides), folder)

@@ -1,4 +1,4 @@
-"""`python -m spg.reproduce file=<run dir>/nonfinite-update-....pt`: see a number that is none again."""
+"""`python -m spg.reproduce file=<run dir>/nonfinite-update-....pt`: compute again what was not finite."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from spg import config
 from spg.cli import launch
+from spg.config import ConfigError
 
 log = logging.getLogger(__name__)
 
 
 def job(cfg: DictConfig) -> None:
-    """Compute again, from the file alone, what stopped a run, and show it sequence by sequence."""
+    """Compute again what stopped a run, from the file alone, and show it sequence by sequence."""
     path = Path(cfg.file)
     if not path.is_file():
-        raise config.ConfigError(f"file={cfg.file} is no file; give the one that the stopped run named")
+        raise ConfigError(f"file={cfg.file} is no file; give the one that the error of the stopped run named")
     from spg.core.console import take_over_logging
     from spg.training.reproduce import reproduce
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from spg import config
 from spg.cli import launch
+from spg.cli.job_names import swept_values
 from spg.core.process import rank
 from spg.runs import lifecycle
 from spg.runs.jobs import train_job
@@ -31,7 +32,7 @@ def job(cfg: DictConfig) -> None:
     folder = Path(hydra_cfg.runtime.output_dir)
     overrides = list(hydra_cfg.overrides.task)
     if hydra_cfg.mode == RunMode.MULTIRUN:
-        train_job(cfg, folder, overrides, launch.swept_values(cfg), train)
+        train_job(cfg, folder, overrides, swept_values(cfg), train)
     else:
         config.check(cfg)
         start(cfg, folder, overrides)

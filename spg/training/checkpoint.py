@@ -50,7 +50,7 @@ class TrainedWeights:
         """Return copies for `load`; if weights are sliced, of this process's slices."""
         sharding = sharding_of(self._module)
         if sharding is not None:
-            return sharding.slices()
+            return sharding.copy_slices()
         return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:

@@ -1,10 +1,10 @@
-"""Weights shared out among the processes of a run: `trainer=fsdp`, for full fine-tuning of large models.
+"""Weights in slices, one for each process of a run: `trainer=fsdp`, for full fine-tuning of large models.
 
-Each process owns a slice of every float32 weight, with that slice's gradient and optimizer state (PyTorch's
-`fully_shard`). What the network computes with is gathered after each optimizer step, in the precision of
-the computation, and stays whole up to the next step: processes decode different prompts and stop at
-different steps, so that an exchange inside a forward pass would wait for one that never comes. Backward
-passes alone exchange: a layer's gradient is averaged and sliced as soon as it is there.
+Each process owns a slice of every float32 weight, and the gradient and optimizer state of that slice
+(PyTorch's `fully_shard`). After each optimizer step the processes gather the weights that the network
+computes with, in the precision of the computation, and keep them whole until the next step. Forward passes
+exchange nothing: processes decode different prompts and stop at different steps, so that one would wait for
+another in vain. Backward passes do: a layer's gradient is averaged and sliced as soon as it is computed.
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ from spg.models.policy import Policy
 
 
 class Sharded(ModelParallelStrategy):
-    """Lightning's strategy for a module with a `policy`, whose network's weights are sliced.
+    """Lightning's strategy that slices the weights of a module's `policy`.
 
-    timeout: how long a process waits for the others. Checkpoints hold whole tensors, as those of `ddp` do.
-    What gathers must be called by all processes: every method here but those that load.
+    Checkpoints hold whole tensors, as those of `ddp` do. All methods gather, and must be called by all
+    processes, except those that load.
+
+    Args:
+        timeout: How long a process waits for the others.
     """
 
-    # the weights of a checkpoint are filled in before `setup` slices them
+    # Lightning loads the weights of a checkpoint before `setup` slices them
     restore_checkpoint_after_setup = False
     lightning_restore_optimizer = True
 
@@ -48,18 +51,18 @@ class Sharded(ModelParallelStrategy):
         self.parts: list[FSDPModule] = []
 
     def setup_environment(self) -> None:
-        """Join the processes, all of which share in every weight."""
+        """Join the processes to one group, all of which have a slice of every weight."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_processes, 1
         super().setup_environment()
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Slice the weights, make the optimizer of the slices, and gather what the network computes with."""
+        """Slice the weights, make an optimizer for the slices, and gather what the network computes with."""
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
         policy: Policy = self.lightning_module.policy
         lower = torch.bfloat16 if policy.precision == "bf16-mixed" else None
-        # inputs are not cast: rotary tables are of full precision
+        # inputs are not cast: rotary tables stay in full precision
         numbers = MixedPrecisionPolicy(lower, torch.float32, cast_forward_inputs=False)
         mesh = self.device_mesh["data_parallel"]
         modules = [*policy.network.layers, policy.network]
@@ -76,30 +79,30 @@ class Sharded(ModelParallelStrategy):
         self.gather()
 
     def gather(self) -> None:
-        """Gather the weights anew from their slices."""
+        """Gather the whole weights again from their slices."""
         for part in self.parts:
             part.reshard()
             part.unshard()
 
     @contextmanager
-    def sliced(self) -> Iterator[None]:
-        """Show the slices as the network's parameters for the time of a `with` block, then gather them."""
+    def expose_slices(self) -> Iterator[None]:
+        """Let the network's parameters be the slices for the time of a `with` block, then gather them."""
         for part in self.parts:
             part.reshard()
         yield
         self.gather()
 
-    def slices(self) -> dict[str, Tensor]:
-        """Return copies of this process's slices, by their parameters' names in the module."""
+    def copy_slices(self) -> dict[str, Tensor]:
+        """Return copies of this process's slices, by the names of their parameters in the module."""
         assert self.lightning_module is not None
-        with self.sliced():
+        with self.expose_slices():
             return {n: p.detach().clone() for n, p in self.lightning_module.named_parameters()}
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill the parameters that `tensors` names, with whole tensors or with what `slices` returned."""
+        """Fill the parameters that `tensors` names with whole tensors, or with those of `copy_slices`."""
         assert self.lightning_module is not None
-        with self.sliced():
+        with self.expose_slices():
             for name, parameter in self.lightning_module.named_parameters():
                 if name in tensors:
                     parameter.copy_(_slice_of(tensors[name], parameter))
@@ -111,31 +114,31 @@ class Sharded(ModelParallelStrategy):
         model: pl.LightningModule | torch.nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Change the slices, then gather the weights anew."""
+        """Take the optimizer step on the slices, then gather the weights again."""
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         self.gather()
         return result
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the module's whole tensors on the CPU of the first process; nothing on the others."""
+        """Return the whole tensors of the module on the CPU of the first process, {} on the others."""
         assert self.lightning_module is not None
-        with self.sliced():
+        with self.expose_slices():
             state = self.lightning_module.state_dict()
             return self._whole(state)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the optimizer's state as a single process's would be, on the first process."""
+        """Return, on the first process, the optimizer state that a single process would have."""
         state = (optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
         entries = {number: self._whole(entry) for number, entry in state["state"].items()}
         return {**state, "state": entries}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Fill the module's weights, which are not sliced yet."""
+        """Fill the weights of the module, which are not sliced yet."""
         assert self.lightning_module is not None
         self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this process's slices of a whole optimizer state."""
+        """Load this process's slices of a whole optimizer state."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             entries = {
@@ -147,14 +150,14 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint, page by page as it is used: every process of a machine reads the same file."""
+        """Read a checkpoint; processes of a machine share its pages, which are read as they are used."""
         checkpoint: dict[str, Any] = torch.load(
             checkpoint_path, map_location="cpu", weights_only=weights_only, mmap=True
         )
         return checkpoint
 
     def _whole(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Return whole tensors on the CPU of the first process, one after the other; nothing elsewhere."""
+        """Return whole tensors on the CPU of the first process, {} on the others, gathered one by one."""
         kept = {}
         for name, value in tensors.items():
             whole = value.full_tensor() if isinstance(value, DTensor) else value
@@ -170,7 +173,7 @@ def sharding_of(module: pl.LightningModule) -> Sharded | None:
 
 
 def _slice_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return this process's slice of a whole tensor [...], where `like` is sliced and of its shape."""
+    """Return this process's slice of a whole tensor [...], if `like` has its shape and is sliced."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:
         return tensor
     # a view would keep the whole tensor

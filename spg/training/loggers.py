@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.csv, always, and Weights & Biases where it is asked for."""
+"""Where metrics go: always to metrics.csv, and to Weights & Biases if it is asked for."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ log = logging.getLogger(__name__)
 
 
 class MetricsCSV(Logger):
-    """Writes one row an update to `<folder>/metrics.csv`; columns appear as metrics do.
+    """Writes a row for each update to `<folder>/metrics.csv`; a new metric adds a column.
 
-    Metrics logged for the same step share a row. A row is on disk as soon as a later step is logged,
-    `save` is called or the run ends.
+    Metrics of the same step share a row. A row is on disk as soon as a later step is logged, `save` is called
+    or the run ends.
+
+    Args:
+        folder: Directory of the run.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -32,22 +35,23 @@ class MetricsCSV(Logger):
         self._row: dict[str, Any] = {}
 
     def cut(self, update: int) -> None:
-        """Go on after `update`: later rows are dropped, and columns that only they had.
+        """Drop the rows after `update`, and the columns that only they had.
 
-        Raises RunError where the file does not reach that far.
+        Raises:
+            RunError: if the file has no row of `update`.
         """
         kept = self.up_to(update)
         self._columns = [name for name in kept[0] if name == "update" or any(row[name] for row in kept)]
         self._write([{name: row[name] for name in self._columns} for row in kept])
 
     def up_to(self, update: int) -> list[dict[str, str]]:
-        """Return the rows up to that of `update`; raises RunError where there is none."""
+        """Return the rows up to that of `update`; raise RunError if there is no such row."""
         rows = read_csv(self.path) if self.path.is_file() else []
         last = next((i for i, row in enumerate(rows) if row["update"] == str(update)), None)
         if last is None:
             raise RunError(
                 f"{self.path} has no row of update {update}, where the checkpoint stands; it was cut or "
-                "belongs to another run: put it back, or start a new run"
+                "belongs to another run; put the right file back, or start a new run"
             )
         return rows[: last + 1]
 
@@ -58,7 +62,7 @@ class MetricsCSV(Logger):
 
     @property
     def version(self) -> str:
-        """Version of the run; the folder is its own."""
+        """Version of the run: none, since every run has a folder of its own."""
         return ""
 
     @property
@@ -67,7 +71,7 @@ class MetricsCSV(Logger):
         return str(self.path.parent)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the resolved configuration lies beside the file."""
+        """Do nothing: config.yaml lies beside the file."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add metrics to the row of `step`."""
@@ -76,14 +80,14 @@ class MetricsCSV(Logger):
         self._row |= {"update": step, **metrics}
 
     def save(self) -> None:
-        """Put all rows on the disk, the pending one too, which is then closed."""
+        """Write all rows to disk, with the pending one; later metrics start a new row."""
         self._append()
         if self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def _append(self) -> None:
-        """Append the pending row; a row with new columns has the file written anew."""
+        """Append the pending row; write the whole file again if the row has new columns."""
         if not self._row:
             return
         new = [name for name in self._row if name not in self._columns]
@@ -104,24 +108,30 @@ class MetricsCSV(Logger):
         os.replace(staged, self.path)
 
     def finalize(self, status: str) -> None:
-        """Write what is pending."""
+        """Write the pending row."""
         self.save()
 
 
 def wandb_logger(
     project: str, entity: str | None, folder: str | Path, config: Any, group: str | None = None
 ) -> WandbLogger:
-    """Return a W&B logger for a run in `folder`: online with an account, offline without.
+    """Return a W&B logger for a run: online with an account, offline without one.
 
-    The run's id lies in `<folder>/wandb_id`, so that a resumed run goes on in W&B too. group: the
-    multirun that the run belongs to. WANDB_MODE and WANDB_API_KEY are respected as W&B defines them;
-    nothing is ever asked for.
+    The id of the run lies in `<folder>/wandb_id`, so that a resumed run goes on in W&B too. WANDB_MODE and
+    WANDB_API_KEY have the meaning that W&B gives them. The user is never asked for anything.
+
+    Args:
+        project: W&B project.
+        entity: W&B team or user; None for the account's own.
+        folder: Directory of the run.
+        config: The settings that W&B shows.
+        group: Name of the multirun that the run belongs to.
     """
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    wandb.setup()  # so that it is silent from here on
-    wandb.finish()  # the run before in this process, in a multirun: W&B would go on with that one
+    wandb.setup()  # W&B is silent from here on
+    wandb.finish()  # in a multirun, W&B would go on with the run before in this process
     offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
     if offline:
         log.info("W&B: no account found, logging offline; to send it: wandb sync %s/wandb/offline-*", folder)
@@ -137,7 +147,7 @@ def wandb_logger(
         entity=entity,
         id=known.read_text(encoding="utf-8").strip(),
         group=group,
-        resume="allow",  # offline it is noted for `wandb sync`, which then appends what was resumed
+        resume="allow",  # offline, this tells `wandb sync` to append what was resumed
         **mode,
     )
     logger.experiment.config.update(config, allow_val_change=True)

@@ -1,4 +1,4 @@
-"""A number that is none, seen again: the file that a stopped run left, computed anew."""
+"""Computing again, from the file that a stopped run left, a value that was not finite."""
 
 from __future__ import annotations
 
@@ -26,15 +26,24 @@ log = logging.getLogger(__name__)
 
 
 def reproduce(path: Path) -> bool:
-    """Compute the rewards, or the loss and its gradient, of the file `path` and show the sequences.
+    """Compute the rewards, or the loss and its gradient, of a stopped update, and show its sequences.
 
-    Returns whether something was not finite again. Raises ConfigError where the file is no such file.
+    Args:
+        path: The file that the run left, nonfinite-update-<number>.pt.
+
+    Returns:
+        Whether something was not finite again.
+
+    Raises:
+        ConfigError: if the file is not one that a stopped run left.
     """
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
         what, update, config = record["what"], record["update"], record["config"]
     except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{path} is no file that a stopped run left ({error})") from error
+        raise ConfigError(
+            f"{path} is no file that a stopped run left ({error}); give the one that its error named"
+        ) from error
     cfg = OmegaConf.create(update_paths(config))
     assert isinstance(cfg, DictConfig)
     torch.set_num_threads(cfg.trainer.threads)
@@ -44,7 +53,7 @@ def reproduce(path: Path) -> bool:
         module.objective.restore(record.get("objective", {}))
     missing = module.policy.load_state_dict(record["weights"], strict=False).unexpected_keys
     if missing:
-        raise ConfigError(f"{path} does not fit the model of its configuration: {missing[0]}")
+        raise ConfigError(f"{path} does not fit the model of its configuration: {missing[0]}; was it edited?")
     module.policy.train("old" not in module.objective.needs)  # as in the update
     log.info("%s of update %d, as the run computed it: not finite", what, update)
     table = Table(
@@ -52,13 +61,14 @@ def reproduce(path: Path) -> bool:
     )
     seen = False
     for part in record["parts"]:
-        seen |= _again(module, part, table)
+        seen |= _compute(module, part, table)
     console.print(table)
     log.info("Not finite again: %s", "yes" if seen else "no")
     return seen
 
 
-def _again(module: Training, part: dict[str, Any], table: Table) -> bool:
+def _compute(module: Training, part: dict[str, Any], table: Table) -> bool:
+    """Compute what one process had of the update and add its sequences to the table."""
     fields = dict(part["experience"])
     experience = Experience(**{**fields, "rollout": Rollout(**fields["rollout"])})
     rollout = experience.rollout

@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from spg import config
-from spg.cli import launch
+from spg.cli.job_names import job_name
 from spg.cli.train import resume, train
 from spg.config import ConfigError
 from spg.runs import directory as runs
@@ -59,6 +59,12 @@ Done = subprocess.CompletedProcess[str]
 def call(line: list[str], folder: Path = ROOT) -> Done:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return warm.run(line, cwd=folder, env=environment)
+
+
+def call_afresh(line: list[str], folder: Path = ROOT) -> Done:
+    """Run a command in an interpreter that has imported nothing yet."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def multirun(folder: Path, *lines: str, fault: str | None = None) -> Done:
@@ -302,7 +308,7 @@ def test_names_of_odd_values_are_plain_and_distinct(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("SPG_SWEPT", json.dumps(["task.path", "estimator@positive", "model/lora"]))
     rest = ["seed=1", "estimator@positive=elbo"]
     names = [
-        launch.job_name([f"{plus}task.path={value}", *rest, f"model/lora={lora}"])
+        job_name([f"{plus}task.path={value}", *rest, f"model/lora={lora}"])
         for plus, lora in (("", "null"), ("++", "paper"))
         for value in ODD
     ]
@@ -313,7 +319,7 @@ def test_names_of_odd_values_are_plain_and_distinct(monkeypatch: pytest.MonkeyPa
         (override,) = OverridesParser.create().parse_overrides([f"resume=runs/{name}"])
         assert override.value() == f"runs/{name}"
     monkeypatch.setenv("SPG_SWEPT", "[]")
-    assert launch.job_name(["seed=1"]) == "job"
+    assert job_name(["seed=1"]) == "job"
 
 
 def test_keys_are_swept_under_the_names_they_are_given_by() -> None:
@@ -392,7 +398,7 @@ def test_a_mistake_beside_a_sweep_file_is_answered_without_torch(
         "finally:\n    assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)\n"
     )
     sweeps = ("-cd", str(ROOT / "sweeps"), "-cn", "omega")
-    done = call([sys.executable, "-c", code, *sweeps, line], tmp_path)
+    done = call_afresh([sys.executable, "-c", code, *sweeps, line], tmp_path)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert done.stderr.strip().count("\n") == 0

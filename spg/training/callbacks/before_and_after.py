@@ -57,10 +57,10 @@ class BeforeAndAfter(pl.Callback):
         module.weights.load(last)
 
     def summary(self) -> dict[str, Any]:
-        """Return the number of examples, and each measure at each of MOMENTS with its 95% interval
-        and the method of the interval.
+        """Return the number of examples, and each measure at each of MOMENTS with its 95% interval.
 
-        `after` is the best checkpoint, chosen on the validation half.
+        The method of an interval stands beside it. `after` is the best checkpoint, chosen on the validation
+        half.
         """
         figures: dict[str, Any] = {"n": len(self.results["after"].texts)}
         for name in self.results["after"].measures:

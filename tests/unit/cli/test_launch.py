@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from spg.cli import launch
+from spg.cli.sweep import check_writable
 from spg.core.errors import InputError
 from spg.runs.status import lock
 
@@ -37,7 +38,7 @@ def test_a_job_s_own_error_is_not_taken_for_the_folder_s(
     def job(cfg: Any) -> None:
         raise PermissionError("of the job")
 
-    with pytest.raises(ValueError, match="a bug"), launch._writable("x"):
+    with pytest.raises(ValueError, match="a bug"), check_writable("x"):
         raise ValueError("a bug")
     monkeypatch.setattr(sys, "argv", ["evaluate", f"hydra.run.dir={tmp_path}"])
     ended = SimpleNamespace(return_value=None)
