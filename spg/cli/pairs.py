@@ -4,36 +4,37 @@ from __future__ import annotations
 
 import json
 import logging
-import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spg import config
 from spg.cli import base_weights, launch
 from spg.config import ConfigError
-from spg.core.console import console, take_over_logging
+from spg.core.console import take_over_logging
 from spg.core.errors import InputError, Interrupted, RunError
+from spg.core.progress import Progress
 from spg.models import hub
 
 log = logging.getLogger(__name__)
 
-# seconds between lines that tell the progress where standard output is no terminal
-QUIET = 30.0
-
 
 def job(cfg: DictConfig) -> None:
-    """Make the file as configured; raises ConfigError before the model is built."""
+    """Make the file as configured; raise ConfigError before the model is built."""
     cfg = settings(cfg, list(HydraConfig.get().overrides.task))
     output = destination(cfg)
     make(cfg, output)
 
 
 def settings(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """Return the whole configuration; raises ConfigError where no pairs could come of it."""
+    """Return the configuration with what is settled before a model is built.
+
+    Raises:
+        ConfigError: if the settings can't give pairs.
+    """
     config.check(cfg)
     if cfg.samples < 2:
         raise ConfigError(f"samples={cfg.samples}: a pair is two completions of a prompt; give samples=8")
@@ -48,7 +49,7 @@ def settings(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
 
 def destination(cfg: DictConfig) -> Path:
-    """Return the file to make, in a folder that is there; raises ConfigError where it can't be made."""
+    """Return the file to make, and make its folder; raise ConfigError if that is not possible."""
     output = Path(cfg.output)
     if output.exists():
         raise ConfigError(f"output={output} is there already; remove it, or give another")
@@ -60,9 +61,11 @@ def destination(cfg: DictConfig) -> Path:
 
 
 def make(cfg: DictConfig, output: Path) -> None:
-    """Write the pairs to `output`, a line each as they are found, and say how many there are.
+    """Build the task and the model, and write preference pairs to `output`.
 
-    Raises InputError where there are too few training examples, RunError where no prompt gives a pair.
+    Raises:
+        InputError: if there are too few training examples.
+        RunError: if no prompt gives a pair, or the memory of the device is too small.
     """
     import torch
 
@@ -87,99 +90,94 @@ def make(cfg: DictConfig, output: Path) -> None:
     decoder: Decoder = config.build(cfg.decoding, temperature=cfg.temperature)
     policy = build_policy(cfg, base_weights.ensure).to(device_of(cfg)).eval()
     batches = make_pairs(policy, decoder, task, examples, cfg.samples, cfg.eval_batch_size, cfg.seed)
-    pairs: list[dict[str, Any]] = []
-    done, file = 0, None
+    written = PairsFile(output)
     try:
-        with _Told(cfg.prompts) as told:
-            for batch in batches:
-                found = [pair for pair in batch if pair is not None]
-                if found:
-                    file = file or _new(output)
-                    _add(file, found)
-                pairs, done = pairs + found, done + len(batch)
-                told(done, len(pairs))
+        write_pairs(batches, written, cfg.prompts)
     except torch.OutOfMemoryError as error:
-        kept = f"; {output} has {len(pairs)} pairs already" if pairs else ""
+        kept = f"; {output} has {len(written.rewards)} pairs already" if written.rewards else ""
         raise RunError(
             f"the device's memory does not hold {cfg.eval_batch_size} completions at once; give a smaller "
             f"eval_batch_size{kept}"
         ) from error
-    except KeyboardInterrupt as error:
-        kept = f"{output} has the {len(pairs)} pairs" if pairs else "there was no pair"
-        raise Interrupted(f"stopped; {kept} of the first {done} of {cfg.prompts} prompts") from error
     finally:
-        if file is not None:
-            file.close()
-    _close(cfg, pairs, output)
+        written.close()
+    report(written, cfg)
 
 
-def _close(cfg: DictConfig, pairs: list[dict[str, Any]], output: Path) -> None:
-    """Say what was made; raises RunError where nothing was."""
-    if not pairs:
+class PairsFile:
+    """A file of preference pairs that is made with the first pair.
+
+    Attributes:
+        path: The file.
+        rewards: Rewards of the chosen and the rejected completion of each pair that is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rewards: list[tuple[float, float]] = []
+        self._file: IO[bytes] | None = None
+
+    def add(self, pairs: Sequence[Mapping[str, Any]]) -> None:
+        """Append pairs, so that a reader meets whole lines only; raise RunError if the file can't be made."""
+        if self._file is None and pairs:
+            try:
+                self._file = self.path.open("xb")
+            except OSError as error:
+                raise RunError(f"output={self.path} can't be made ({error}); give another") from error
+        if self._file is not None:
+            text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+            # half a surrogate pair has no UTF-8; with a backslash it is JSON for the same text
+            self._file.write(text.encode("utf-8", errors="backslashreplace"))
+            self._file.flush()
+        self.rewards += [(pair["chosen_reward"], pair["rejected_reward"]) for pair in pairs]
+
+    def close(self) -> None:
+        """Close the file, if there is one."""
+        if self._file is not None:
+            self._file.close()
+
+
+def write_pairs(batches: Iterable[Sequence[dict[str, Any] | None]], file: PairsFile, prompts: int) -> None:
+    """Write the pairs of all batches as they are found.
+
+    Args:
+        batches: For each prompt of a batch its pair, or None if its completions have equal rewards.
+        file: Where to write.
+        prompts: Number of prompts in all batches.
+
+    Raises:
+        Interrupted: after Ctrl-C.
+    """
+    done = 0
+    try:
+        with Progress("prompts", prompts) as progress:
+            for batch in batches:
+                file.add([pair for pair in batch if pair is not None])
+                done += len(batch)
+                progress.update(done, f"{len(file.rewards)} pairs")
+    except KeyboardInterrupt as error:
+        kept = f"{file.path} has the {len(file.rewards)} pairs" if file.rewards else "there was no pair"
+        raise Interrupted(f"stopped; {kept} of the first {done} of {prompts} prompts") from error
+
+
+def report(file: PairsFile, cfg: DictConfig) -> None:
+    """Say what was made; raise RunError if no prompt gave a pair."""
+    number = len(file.rewards)
+    if not number:
         raise RunError(
             f"none of {cfg.prompts} prompts has completions of different rewards; give more samples than "
             f"{cfg.samples}, a higher temperature than {cfg.temperature}, or other prompts (seed)"
         )
-    chosen, rejected = (sum(p[f"{s}_reward"] for p in pairs) / len(pairs) for s in ("chosen", "rejected"))
-    ties = cfg.prompts - len(pairs)
+    chosen, rejected = (sum(rewards) / number for rewards in zip(*file.rewards, strict=True))
     log.info(
         "%d pairs of %d prompts, %d skipped as ties; mean reward of chosen %.3f, of rejected %.3f",
-        *(len(pairs), cfg.prompts, ties, chosen, rejected),
+        *(number, cfg.prompts, cfg.prompts - number, chosen, rejected),
     )
-    log.info("Written: %s", output)
+    log.info("Written: %s", file.path)
     log.info(
-        "Train on it, with this task and model: algorithm=vrpo preferences=pairs preferences.path=%s", output
+        "Train on it, with this task and model: algorithm=vrpo preferences=pairs preferences.path=%s",
+        file.path,
     )
-
-
-def _new(output: Path) -> IO[bytes]:
-    try:
-        return output.open("xb")
-    except OSError as error:
-        raise RunError(f"output={output} can't be made ({error}); give another") from error
-
-
-def _add(file: IO[bytes], pairs: list[dict[str, Any]]) -> None:
-    """Write lines, so that whoever reads meets whole ones."""
-    text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-    # half a surrogate pair has no UTF-8; written with a backslash it is JSON for the same text
-    file.write(text.encode("utf-8", errors="backslashreplace"))
-    file.flush()
-
-
-class _Told:
-    """A progress bar, or a line now and then where standard output is no terminal."""
-
-    def __init__(self, total: int) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self.total = total
-        self.started = self.last = time.monotonic()
-        self.bar = self.progress.add_task("prompts", total=total, figures="first batch ...")
-
-    def __enter__(self) -> _Told:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def __call__(self, done: int, pairs: int) -> None:
-        """Tell that so many prompts are done, and how many pairs came of them."""
-        now = time.monotonic()
-        self.progress.update(self.bar, completed=done, figures=f"{pairs} pairs")
-        if self.progress.disable and now - self.last > QUIET and done < self.total:
-            self.last = now
-            left = (now - self.started) / done * (self.total - done)
-            log.info("%d of %d prompts, %d pairs, %.0f s left", done, self.total, pairs, left)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Attention that looks both ways, over rotary positions, a cache, and only the positions that are wanted."""
+"""Bidirectional attention with rotary positions and a cache, at the positions that are wanted."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spg.models.network import Places
+from spg.models.network import Positions
 
-SHORT = 64  # positions up to which plain attention is the faster one on CPU
+# number of positions up to which plain products are faster than the fused kernel on a CPU
+SHORT = 64
 
 
 class _Rotate(torch.autograd.Function):
-    """x cos + swapped(x) sin, in half the composite's passes over memory."""
+    """x cos + swap_halves(x) sin, with half as many passes over memory as separate operations need."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return torch.addcmul(_swapped(x, sin), x, cos)
+        return torch.addcmul(_swap_halves(x, sin), x, cos)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -33,8 +34,8 @@ class _Rotate(torch.autograd.Function):
         return by_x, None, None
 
 
-def _swapped(x: Tensor, sin: Tensor) -> Tensor:
-    """Return x [... d] with its halves in each other's place, times `sin` [... d]."""
+def _swap_halves(x: Tensor, sin: Tensor) -> Tensor:
+    """Return x [... d] with its two halves exchanged, times `sin` [... d]."""
     half = x.shape[-1] // 2
     turned = torch.empty_like(x)
     torch.mul(x[..., half:], sin[..., :half], out=turned[..., :half])
@@ -43,9 +44,15 @@ def _swapped(x: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to x [N H L d] with tables [... L d], in float32, halves paired.
+    """Apply rotary positions, in float32.
 
-    `sin` carries the sign of the first half.
+    Args:
+        x: Queries or keys [N H L d]; component i is paired with component i + d / 2.
+        cos: Cosines [... L d].
+        sin: Sines [... L d], negated in the first half.
+
+    Returns:
+        The rotated x [N H L d], in the type of x.
     """
     wide = x.float()
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -55,11 +62,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(torch.cat([second, first], dim=-1) * sin, wide, cos).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v [N H Q d] of q [N H Q d] and k, v [N H L d].
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)) v.
 
-    visible [N 1 1 L]: True at keys that may be seen, or None. On CPU the fused kernel is made for long
-    sequences: on short ones plain products take half its time.
+    On a CPU the fused kernel is made for long sequences: plain products take half its time on short ones.
+
+    Args:
+        q: Queries [N H Q d].
+        k: Keys [N H L d].
+        v: Values [N H L d].
+        visible: True at the keys that queries may attend to [N 1 1 L]; None for all.
+
+    Returns:
+        Attended values [N H Q d].
     """
     if q.device.type != "cpu" or k.shape[-2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
@@ -69,7 +84,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     return torch.matmul(scores.softmax(-1), v)
 
 
-def look(
+def attend(
     x: Tensor,
     normal: Tensor,
     query: Callable[[Tensor], Tensor],
@@ -77,27 +92,37 @@ def look(
     value: Tensor,
     rotary: tuple[Tensor, Tensor],
     visible: Tensor | None,
-    at: Places | None,
-    put: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    at: Positions | None,
+    store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the hidden states x [N W D] and what their positions see [N W H*d], or both [S ...] at `at`.
+    """Let positions attend to all visible ones.
 
-    normal [N W D]: x, normalised; query makes heads [N H K d] of some of it. key, value [N G W d], not turned
-    yet, of which each serves H / G heads. rotary: tables [W d]. visible [N 1 1 L]: True at positions that may
-    be seen. put: stores keys and values in a cache and returns those of all L positions; without it, W = L.
+    Args:
+        x: Hidden states [N W D].
+        normal: Normalized hidden states [N W D].
+        query: Makes the heads [N H K d] of K normalized hidden states.
+        key: Keys [N G W d], not rotated yet; each serves H / G heads.
+        value: Values [N G W d].
+        rotary: Cosines and sines [W d].
+        visible: True at the positions that may be attended to [N 1 1 L]; None for all.
+        at: The S positions whose result is wanted; None for all.
+        store: Stores keys and values in a cache and returns those of all L positions. Without it, W = L.
+
+    Returns:
+        The hidden states [N W D] and the attended values [N W H*d]; with `at` [S D] and [S H*d].
     """
     key = rotate(key, *rotary).to(value.dtype)
-    if put is not None:
-        key, value = put(key, value)
+    if store is not None:
+        key, value = store(key, value)
     if at is not None:
         cos, sin = (table[at.columns].unsqueeze(1) for table in rotary)
         rotary = (cos, sin)
         columns = at.columns.unsqueeze(-1)
         x, normal = (t.gather(1, columns.expand(-1, -1, t.shape[-1])) for t in (x, normal))
-    # where norms of heads have another type than what autocast made of the projections
-    turned = rotate(query(normal), *rotary).to(value.dtype)
-    repeats = turned.shape[1] // key.shape[1]
+    # norms of heads may have another type than what autocast made of the projections
+    rotated = rotate(query(normal), *rotary).to(value.dtype)
+    repeats = rotated.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
-    seen = attend(turned, key, value, visible).transpose(1, 2).flatten(2)
-    return (x, seen) if at is None else (at.take(x), at.take(seen))
+    attended = scaled_dot_product(rotated, key, value, visible).transpose(1, 2).flatten(2)
+    return (x, attended) if at is None else (at.select(x), at.select(attended))

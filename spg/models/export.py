@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from spg.core.errors import InputError, RunError
 from spg.core.files import DISK_FULL, write_json
 from spg.models.hub import CONFIG, config_fields, fetch
-from spg.models.lora import TENSORS, Merged, merged, save_adapter
+from spg.models.lora import TENSORS, MergedTensor, merged_tensors, save_adapter
 from spg.models.network import Network
 from spg.models.weights import INDEX
 
@@ -73,7 +73,7 @@ def write_model(
         dtype: Type of the weights in the files; None for each tensor's own.
         shard_bytes: Size of a file of weights, at most.
     """
-    most_common = write_weights(merged(network), folder, dtype, shard_bytes)
+    most_common = write_weights(merged_tensors(network), folder, dtype, shard_bytes)
     write_json(folder / CONFIG, config_json(network, tokenizer, model, most_common))
     tokenizer.save_pretrained(str(folder))
 
@@ -87,7 +87,7 @@ def write_adapter(adapter: Any, folder: Path, dtype: torch.dtype | None) -> None
 
 
 def write_weights(
-    tensors: Mapping[str, Merged], folder: Path, dtype: torch.dtype | None, shard_bytes: int
+    tensors: Mapping[str, MergedTensor], folder: Path, dtype: torch.dtype | None, shard_bytes: int
 ) -> torch.dtype:
     """Write tensors to one file, or to several files and an index.
 

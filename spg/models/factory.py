@@ -17,10 +17,10 @@ from spg.core.errors import InputError
 from spg.core.examples import Chat
 from spg.models import base_weights
 from spg.models.hub import CONFIG, WEIGHTS, config_fields, fetch, sizes
-from spg.models.lora import add_adapter, name_base
+from spg.models.lora import add_adapter, set_base_name
 from spg.models.network import Network
 from spg.models.policy import Policy
-from spg.models.quantization import check_nf4, prepare_nf4, quantise
+from spg.models.quantization import check_nf4, prepare_nf4, quantize
 from spg.models.weights import load_published, load_weights
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def build_policy(cfg: DictConfig, find_base: Callable[[DictConfig], Path] = base
         network = _random_network(model, tokenizer, device, dtype, seed)
     else:
         network = _loaded_network(model, tokenizer, device, dtype)
-    name_base(network, base_name(cfg))
+    set_base_name(network, base_name(cfg))
     network.checkpointing = setting(cfg, "checkpointing")
     policy = Policy(network, tokenizer, setting(cfg, "precision"))
     if model.lora is not None:
@@ -77,7 +77,7 @@ def build_adapter(cfg: DictConfig) -> tuple[Network, Any]:
     """
     with torch.device("meta"):
         network: Network = build(cfg.model.network, seed=None)
-        name_base(network, base_name(cfg))
+        set_base_name(network, base_name(cfg))
         adapter = add_adapter(network, build(cfg.model.lora))
     for module in network.modules():
         for part in ("lora_A", "lora_B"):
@@ -177,7 +177,7 @@ def _random_network(
     network.to(dtype).to_empty(device=device)
     network.initialise(seed)
     if model.get("quantization") == "nf4":
-        quantise(network, device, dtype)
+        quantize(network, device, dtype)
     return network
 
 

@@ -1,7 +1,7 @@
-"""The output head where it is wide: log-probabilities without keeping the logits they come from.
+"""Log-probabilities of a wide output head, without keeping its logits.
 
-With a vocabulary of 126,464 the logits of one sequence of 256 tokens take 130 MB; a loss that keeps them and
-their softmax for its backward pass is what fills the memory of an update.
+With a vocabulary of 126,464 the logits of one sequence of 256 tokens take 130 MB. A loss that keeps them and
+their softmax for its backward pass fills the memory of an update.
 
 `torch.nn.functional.linear_cross_entropy` of torch 2.13 does the same, and was not as fast and lean. Time and
 resident memory for value and derivative of 600 positions, 32,000 rows, width 256, float32, one CPU thread:
@@ -23,25 +23,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW = 2**22  # logits that may as well be kept, 16 MB
+# number of logits that may as well be kept, 16 MB
+FEW = 2**22
 
 
 def rows_at_once(vocabulary: int, device: torch.device) -> int:
-    """Return how many positions' logits are computed together: 32 MB of them, on a GPU half a gigabyte.
+    """Return for how many positions logits are computed at once: 32 MB of them, on a GPU half a gigabyte.
 
-    Each time the whole head is read, which takes longer than a few positions' products.
+    The whole head is read each time, which takes longer than the products of a few positions.
     """
     return max(1, (2**27 if device.type == "cuda" else 2**23) // vocabulary)
 
 
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Return log softmax(hidden weight^T) at `targets` [S], in float32, of hidden [S D] and weight [V D].
+    """Return log softmax(hidden weight^T) at `targets`, in float32.
 
-    Beyond a few, the logits are made and forgotten chunk by chunk. The derivative of a position's
-    log-probability by its hidden state, sum_v (1[v = target] - p_v) weight[v], needs nothing that comes
-    after: where the head is not trained it is taken right away, and the backward pass scales it. Where it is
-    trained, the backward pass computes the logits again. Under autocast the products are in its type, the
-    softmax in float32 always.
+    Many logits are computed and dropped chunk by chunk. The derivative of a log-probability with respect to
+    its hidden state, sum_v (1[v = target] - p_v) weight[v], does not depend on later steps. If the head is
+    frozen, the forward pass therefore computes it, and the backward pass scales it. If the head is trained,
+    the backward pass computes the logits again. Under autocast the products have its type; the softmax is
+    always in float32.
+
+    Args:
+        hidden: Hidden states [S D].
+        weight: The head [V D].
+        targets: Token ids [S].
+
+    Returns:
+        Log-probabilities [S].
     """
     if len(hidden) * len(weight) <= FEW:
         return -F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
@@ -53,7 +62,7 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class _TokenLogps(torch.autograd.Function):
-    """See `token_logps`."""
+    """Computes `token_logps` and its derivatives chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -61,20 +70,19 @@ class _TokenLogps(torch.autograd.Function):
         slopes = torch.empty_like(hidden) if early else None
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         size = min(len(targets), rows_at_once(len(weight), hidden.device))
-        room = hidden.new_empty(size, len(weight))  # one for all pieces: new memory is slow to touch
-        for piece in _pieces(len(targets), size):
-            some = hidden[piece]
+        room = hidden.new_empty(size, len(weight))  # used for all chunks: new memory is slow
+        for chunk in _chunks(len(targets), size):
+            some = hidden[chunk]
             logits = torch.mm(some, weight.T, out=room[: len(some)]).float()
-            chosen = targets[piece].unsqueeze(-1)
+            chosen = targets[chunk].unsqueeze(-1)
             peak, picked = logits.amax(-1, keepdim=True), logits.gather(-1, chosen)
             shares = logits.sub_(peak).exp_()
             total = shares.sum(-1, keepdim=True)
-            logps[piece] = (picked - peak - total.log()).squeeze(-1)
-            if (
-                slopes is not None
-            ):  # in passes over memory as few as can be: total * (p - 1[v = target]) first
+            logps[chunk] = (picked - peak - total.log()).squeeze(-1)
+            if slopes is not None:
+                # few passes over memory: first total * (p - 1[v = target])
                 shares.scatter_add_(-1, chosen, -total)
-                slopes[piece] = (shares.to(weight.dtype) @ weight).div_(-total)
+                slopes[chunk] = (shares.to(weight.dtype) @ weight).div_(-total)
         if slopes is not None:
             ctx.save_for_backward(slopes)
         else:
@@ -90,21 +98,21 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         by_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         by_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for piece in _pieces(len(targets), rows_at_once(len(weight), hidden.device)):
-            probabilities = F.linear(hidden[piece], weight).float().softmax(-1)
-            by_logits = _less_from_one(probabilities, targets[piece].unsqueeze(-1))
-            by_logits = by_logits.mul_(gradient[piece].unsqueeze(-1)).to(weight.dtype)
+        for chunk in _chunks(len(targets), rows_at_once(len(weight), hidden.device)):
+            probabilities = F.linear(hidden[chunk], weight).float().softmax(-1)
+            by_logits = _one_hot_minus(probabilities, targets[chunk].unsqueeze(-1))
+            by_logits = by_logits.mul_(gradient[chunk].unsqueeze(-1)).to(weight.dtype)
             if by_hidden is not None:
-                by_hidden[piece] = by_logits @ weight
-            by_weight += by_logits.T @ hidden[piece]
+                by_hidden[chunk] = by_logits @ weight
+            by_weight += by_logits.T @ hidden[chunk]
         return by_hidden, by_weight.to(weight.dtype), None
 
 
-def _less_from_one(probabilities: Tensor, chosen: Tensor) -> Tensor:
+def _one_hot_minus(probabilities: Tensor, chosen: Tensor) -> Tensor:
     """Turn probabilities [C V], in place, into 1[chosen] - p: d log p(chosen) / d logits."""
     return probabilities.neg_().scatter_add_(-1, chosen, torch.ones_like(probabilities[:, :1]))
 
 
-def _pieces(length: int, size: int) -> Iterator[slice]:
+def _chunks(length: int, size: int) -> Iterator[slice]:
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))

@@ -1,8 +1,8 @@
-"""LLaDA, natively: a bidirectional transformer whose tensors carry the published names.
+"""LLaDA (Nie et al. 2025): a bidirectional transformer whose tensors have the published names.
 
 Pre-norm RMSNorm, rotary positions, SwiGLU, scaled-dot-product attention, no biases, an untied head.
-Dropout is left out. The same class serves the embedded tiny model and the
-published checkpoints (`model.transformer.blocks.N.q_proj.weight` and so on).
+Dropout is left out. The same class serves the tiny model and the published checkpoints
+(`model.transformer.blocks.N.q_proj.weight` and so on).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spg.core.limits import check_limits
-from spg.models.attention import look
-from spg.models.network import Network, Places
+from spg.core.rules import Count, Positive, Seed, checked
+from spg.models.attention import attend
+from spg.models.network import Network, Positions
 
-# what the published configuration files say of this class, beside its sizes
+# fields of the published configuration files that are the same for all sizes
 SHARED = {
     "activation_type": "silu",
     "alibi": False,
@@ -46,25 +46,26 @@ SHARED = {
 }
 
 
+@checked
 @dataclass(frozen=True)
 class LLaDAConfig:
     """Sizes of a LLaDA network, named as in the published configuration files.
 
-    Raises ValueError where a size is out of range or the heads do not divide the width.
+    Raises:
+        ValueError: if a size is out of range, or the heads do not divide the width.
     """
 
-    d_model: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    mlp_hidden_size: int
-    vocab_size: int
-    embedding_size: int
-    rope_theta: float = 500000.0
-    rms_norm_eps: float = 1e-5
+    d_model: Count
+    n_layers: Count
+    n_heads: Count
+    n_kv_heads: Count
+    mlp_hidden_size: Count
+    vocab_size: Count
+    embedding_size: Count
+    rope_theta: Positive = 500000.0
+    rms_norm_eps: Positive = 1e-5
 
     def __post_init__(self) -> None:
-        check_limits(**vars(self))
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise ValueError(
                 f"n_heads={self.n_heads} must divide d_model={self.d_model} into heads of even width"
@@ -78,7 +79,7 @@ class LLaDAConfig:
 
 
 class _Normalize(torch.autograd.Function):
-    """x / rms(x) over the last axis, with a backward pass of half the composite's passes over memory."""
+    """x / rms(x) over the last axis; its backward pass reads memory half as often as separate operations."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
@@ -135,17 +136,17 @@ class Block(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         visible: Tensor | None,
-        at: Places | None = None,
-        put: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        at: Positions | None = None,
+        store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """Map hidden states [N W D]; `visible` [N 1 1 L] is True at the positions that may be seen.
+        """Return the hidden states [N W D] after this layer, or [S D] at the positions `at`.
 
-        rotary, at, put: see `attention.look`; with `at` the result is [S D].
+        `spg.models.attention.attend` describes the arguments.
         """
         h = self.attn_norm(x)
         key, value = self._heads(self.k_proj(h)), self._heads(self.v_proj(h))
-        x, seen = look(x, h, self._query, key, value, rotary, visible, at, put)
-        x = x + self.attn_out(seen)
+        x, attended = attend(x, h, self._query, key, value, rotary, visible, at, store)
+        x = x + self.attn_out(attended)
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
 
@@ -178,12 +179,13 @@ class Model(nn.Module):
 class LLaDA(Network):
     """The network: token ids [N L] to hidden states [N L D], and hidden states to logits.
 
-    seed: of the initial weights, normal with deviation 1 / sqrt(inputs), those that write into the
-    residual stream divided by sqrt(2 * layers); None leaves them to who fills them.
+    Args:
+        config: Its sizes.
+        seed: Seed of the initial weights (`Network.initialise`); None leaves them uninitialized.
     """
 
-    # of the seven names in the published setting, LLaDA's layers have these four; a layer's ff_out and
-    # the head share a name, hence the whole path
+    # The layers have these four of the seven names in the published setting. The patterns are whole paths
+    # because a layer's ff_out has the same name as the head.
     lora_targets: ClassVar[Mapping[str, str]] = {
         "released": r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|up_proj)",
         "all": r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)",
@@ -229,7 +231,8 @@ class LLaDA(Network):
         "scale_logits": (False,),
     }
 
-    def __init__(self, config: LLaDAConfig, seed: int | None = 0) -> None:
+    @checked
+    def __init__(self, config: LLaDAConfig, seed: Seed | None = 0) -> None:
         super().__init__()
         self.config = config
         self.model = Model(config)
@@ -238,7 +241,7 @@ class LLaDA(Network):
 
     @property
     def head(self) -> nn.Module:
-        """The output head, which shares no weights with the embedding."""
+        """The output head, whose weights are not those of the embedding."""
         return self.model.transformer.ff_out
 
     @property
@@ -247,7 +250,7 @@ class LLaDA(Network):
         return self.model.transformer.blocks
 
     def published_config(self) -> dict[str, Any]:
-        """Return the fields of a published config.json: the sizes, and what this class is."""
+        """Return the fields of a published config.json: the sizes, and what identifies this class."""
         return {
             "architectures": ["LLaDAModelLM"],
             "model_type": "llada",

@@ -7,38 +7,40 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from spg.core.limits import check_limits
+from spg.core.rules import Count, Positive, Seed, Share, checked
 from spg.models.network import Network
 
 # a PEFT folder's tensors
 TENSORS = "adapter_model.safetensors"
 
 
+@checked
 @dataclass(frozen=True)
 class LoRA:
-    """Numbers of an adapter: rank, scale alpha / rank, dropout before it, which matrices, initial seed.
+    """Settings of an adapter (Hu et al. 2021).
 
-    targets: `released`, the matrices that the published runs really adapted, or `all` of a layer.
-    Raises ValueError where one is out of range.
+    Attributes:
+        r: Rank.
+        alpha: Products are scaled by alpha / r.
+        dropout: Share of the inputs that is dropped before the adapter.
+        targets: `released` for the matrices that the published runs adapted, or `all` of a layer.
+        seed: Seed of the initial weights.
     """
 
-    r: int
-    alpha: float
-    dropout: float
-    targets: str
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_limits(**vars(self))
+    r: Count
+    alpha: Positive
+    dropout: Share
+    targets: Literal["released", "all"]
+    seed: Seed = 0
 
     def settings(self, network: Network) -> Any:
-        """Return peft's configuration of such an adapter in `network`."""
+        """Return the configuration of peft for such an adapter in `network`."""
         from peft import LoraConfig
 
         return LoraConfig(
@@ -50,15 +52,20 @@ class LoRA:
         )
 
 
+@checked
 @dataclass(frozen=True)
 class SavedLoRA:
-    """The adapter of a PEFT folder, ours or another's, whose own numbers decide."""
+    """The adapter in a PEFT folder, from this project or not, with its own settings."""
 
     folder: str
-    seed: int = 0
+    seed: Seed = 0
 
     def settings(self, network: Network) -> Any:
-        """Return the folder's configuration; raises ValueError where it can't be read or is no LoRA's."""
+        """Return the configuration in the folder.
+
+        Raises:
+            ValueError: if it can't be read, or the adapter is of another kind.
+        """
         from peft import LoraConfig, PeftConfig
 
         path = Path(self.folder) / "adapter_config.json"
@@ -75,22 +82,25 @@ class SavedLoRA:
 
 
 def add_adapter(network: Network, lora: LoRA | SavedLoRA) -> Any:
-    """Put an adapter into `network`, freeze all else, and return the PeftModel around it.
+    """Add an adapter to `network`, freeze all else, and return the PeftModel around the network.
 
-    A saved one comes with its weights; raises ValueError where these do not fit the network.
+    A saved adapter comes with its weights.
+
+    Raises:
+        ValueError: if saved weights do not fit the network.
     """
-    adapter = _around(network, lora)
+    adapter = _wrap(network, lora)
     if isinstance(lora, SavedLoRA):
         load_adapter(adapter, Path(lora.folder))
     return adapter
 
 
 def check_fits(network: Network, lora: SavedLoRA) -> None:
-    """Raise ValueError where a saved adapter does not fit `network`, which may be without storage (meta)."""
-    _check_shapes(_around(network, lora), Path(lora.folder))
+    """Raise ValueError if a saved adapter does not fit `network`, which may have no storage (meta)."""
+    _check_shapes(_wrap(network, lora), Path(lora.folder))
 
 
-def _around(network: Network, lora: LoRA | SavedLoRA) -> Any:
+def _wrap(network: Network, lora: LoRA | SavedLoRA) -> Any:
     from peft import get_peft_model
 
     settings = lora.settings(network)
@@ -99,23 +109,23 @@ def _around(network: Network, lora: LoRA | SavedLoRA) -> Any:
         return get_peft_model(network, settings)
 
 
-def name_base(network: Network, name: str | None) -> None:
-    """Tell what the network's own weights are, so that an adapter's folder names it; None: nothing."""
-    vars(network)["name_or_path"] = name  # where peft looks for it
+def set_base_name(network: Network, name: str | None) -> None:
+    """Set the name of the base weights that the folder of an adapter will hold; None for no name."""
+    vars(network)["name_or_path"] = name  # where peft reads it
 
 
 def save_adapter(adapter: Any, folder: Path) -> None:
-    """Write a PeftModel's adapter to `folder`, whole or not at all."""
+    """Write the adapter of a PeftModel to `folder`, whole or not at all."""
     staged = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(staged, ignore_errors=True)
-    # peft's default would ask the hub whether the base model's vocabulary has grown
+    # by default peft asks the hub whether the vocabulary of the base model has grown
     adapter.save_pretrained(str(staged), save_embedding_layers=False)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(staged, folder)
 
 
 def load_adapter(adapter: Any, folder: Path) -> None:
-    """Fill a PeftModel's adapter from a PEFT folder; raises ValueError where it does not fit."""
+    """Load the adapter of a PeftModel from a PEFT folder; raise ValueError if it does not fit."""
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
@@ -130,7 +140,7 @@ def _check_shapes(adapter: Any, folder: Path) -> None:
         raise ValueError(f"{folder} is no PEFT folder: it has no adapter_config.json")
     own = get_peft_model_state_dict(adapter, save_embedding_layers=False)
     there = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    found = shapes(folder)
+    found = tensor_shapes(folder)
     wrong = sorted(n for n in there.keys() | found.keys() if there.get(n) != found.get(n))
     if wrong:
         name = wrong[0]
@@ -141,10 +151,11 @@ def _check_shapes(adapter: Any, folder: Path) -> None:
         )
 
 
-def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a PEFT folder's tensors, by name, reading none of them.
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in a PEFT folder, by name, without reading the tensors.
 
-    Raises ValueError where the file is missing or broken.
+    Raises:
+        ValueError: if the file is missing or broken.
     """
     path = folder / TENSORS
     if not path.is_file():
@@ -157,14 +168,19 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
-class Merged:
-    """One tensor of a network without its adapter's parts: what it is, and the LoRA layer that changes it."""
+class MergedTensor:
+    """A tensor of a network, and the LoRA layer whose product is added to it.
+
+    Attributes:
+        own: The tensor without the adapter.
+        layer: The LoRA layer; None if the adapter does not change the tensor.
+    """
 
     own: Tensor
     layer: Any = None
 
     def value(self, dtype: torch.dtype) -> Tensor:
-        """Return W, or W + alpha / r B A computed in float32, on the CPU in `dtype`."""
+        """Return W + alpha / r B A, computed in float32, on the CPU in `dtype`; W alone without a layer."""
         tensor = self.own.detach()
         if self.layer is not None:
             (name,) = self.layer.lora_A
@@ -173,21 +189,21 @@ class Merged:
         return tensor.to("cpu", dtype).contiguous()
 
 
-def merged(network: nn.Module) -> dict[str, Merged]:
-    """Return a network's tensors under the names that they have without an adapter.
+def merged_tensors(network: nn.Module) -> dict[str, MergedTensor]:
+    """Return the tensors of a network by the names that they have without an adapter.
 
-    Of tensors that are one and the same, as a tied head, the first name stands for all.
+    A tensor with several names, such as a tied head, appears once, under the first name.
     """
     layers: Mapping[str, Any] = {
         f"{name}.base_layer.weight": module
         for name, module in network.named_modules()
         if hasattr(module, "lora_A") and hasattr(module, "base_layer")
     }
-    found: dict[str, Merged] = {}
+    found: dict[str, MergedTensor] = {}
     seen: set[int] = set()
     for name, tensor in network.state_dict(keep_vars=True).items():
         if ".lora_" in name or id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        found[name.replace(".base_layer.", ".")] = Merged(tensor, layers.get(name))
+        found[name.replace(".base_layer.", ".")] = MergedTensor(tensor, layers.get(name))
     return found

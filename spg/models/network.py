@@ -1,4 +1,4 @@
-"""What a policy needs of a network."""
+"""What a policy needs from a network: hidden states at chosen positions, and a head apart from them."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from spg.models.head import token_logps
 
 
 @dataclass(frozen=True)
-class Places:
-    """Positions of a batch whose hidden states are wanted, as many columns for each row.
+class Positions:
+    """Positions of a batch whose hidden states are wanted, with equally many columns for each row.
 
-    columns [N K]: ascending in each row, filled up with others where a row wants fewer than K. wanted [S]:
-    which of the N * K are wanted, row after row; None: all of them, S = N * K.
+    Attributes:
+        columns: Positions in each row [N K], ascending. A row that wants fewer is filled up with others.
+        wanted: Which of the N * K positions are wanted, row after row [S]; None for all, S = N * K.
     """
 
     columns: Tensor
     wanted: Tensor | None = None
 
     @classmethod
-    def of(cls, at: Tensor) -> Self:
-        """Return the True positions of `at` [N L]; waits for the device, to learn how many there are."""
+    def of_mask(cls, at: Tensor) -> Self:
+        """Return the True positions of `at` [N L]. The device is waited for, to know how many there are."""
         most = max(1, int(at.sum(-1).max()))
         columns = at.byte().argsort(dim=-1, descending=True, stable=True)[:, :most]
         return cls(columns, at.gather(1, columns).flatten().nonzero().flatten())
 
-    def take(self, states: Tensor) -> Tensor:
-        """Return [S D], the wanted ones of states [N K D]."""
+    def select(self, states: Tensor) -> Tensor:
+        """Return the wanted ones [S D] of states [N K D]."""
         flat = states.flatten(0, 1)
         return flat if self.wanted is None else flat[self.wanted]
 
@@ -45,12 +46,12 @@ class Slot:
     def __init__(self) -> None:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
-        self.start = 0  # where the positions of the pass begin
+        self.start = 0  # first position of the current pass
 
-    # outside of what torch.compile traces: it would compile each layer anew for its own keys and values
+    # not traced by torch.compile, which would compile each layer again for its own keys and values
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def put(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put keys and values [N H W d] of the pass's positions in place; return all of the layer's."""
+    def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values [N H W d] of the current pass; return those of all L positions."""
         if self.keys is None or self.values is None:
             self.keys, self.values = keys, values
         else:
@@ -60,10 +61,10 @@ class Slot:
 
 
 class Cache:
-    """Keys and values of N rows and L positions that decoding goes on with.
+    """Keys and values of N rows and L positions, which decoding uses again.
 
-    A pass over all L positions fills it; a pass over some of them puts theirs in place and sees the rest as
-    they were.
+    A pass over all L positions fills the cache. A pass over some positions replaces theirs, and attends to
+    the others as they were.
     """
 
     def __init__(self) -> None:
@@ -71,22 +72,22 @@ class Cache:
 
     @property
     def filled(self) -> bool:
-        """Whether there is something to go on with."""
+        """Whether there are keys and values."""
         return bool(self._slots)
 
     def clear(self) -> None:
-        """Forget everything: the next pass has to be over all positions."""
+        """Drop all keys and values: the next pass has to be over all positions."""
         self._slots.clear()
 
     def select(self, rows: Tensor) -> None:
-        """Go on with the rows at `rows` [M], in that order; one may be named several times."""
+        """Keep the rows at `rows` [M], in that order; a row may be repeated."""
         for slot in self._slots:
             assert slot.keys is not None
             assert slot.values is not None
             slot.keys, slot.values = slot.keys[rows], slot.values[rows]
 
     def slot(self, layer: int, start: int) -> Slot:
-        """Return the slot of a layer, from the first on, for a pass over positions from `start` on."""
+        """Return the slot of a layer for a pass over positions from `start` on; ask for layers in order."""
         if layer == len(self._slots):
             self._slots.append(Slot())
         self._slots[layer].start = start
@@ -94,11 +95,16 @@ class Cache:
 
 
 class Network(nn.Module):
-    """Token ids to hidden states to logits, in two steps: the head runs only where it is asked for.
+    """Token ids to hidden states to logits, in two steps: the head runs only for the positions asked for.
 
-    lora_targets: regular expressions of the matrices that an adapter may train, by the names
-    `released` and `all`. into_residual: of the parameters that write into the residual stream.
-    checkpointing: keep only what enters each layer for the backward pass, and compute the layer again there.
+    Attributes:
+        lora_targets: Regular expressions of the matrices that an adapter may train, by the names `released`
+            and `all`.
+        into_residual: Regular expression of the parameters that write into the residual stream.
+        published_sizes: Fields of a published config.json that give the sizes; see `spg.models.hub`.
+        published_implied: Sizes that follow from other fields.
+        published_fixed: Fields, and the values that the class can compute with.
+        checkpointing: Keep only the input of each layer for the backward pass, and compute the layer again.
     """
 
     lora_targets: ClassVar[Mapping[str, str]]
@@ -110,24 +116,31 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # outside of the module's buffers, which a move to bfloat16 would round and the meta device would lose
+        # no buffer of the module: a move to bfloat16 would round it, and the meta device would lose it
         self._rotary: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def hidden(
         self,
         ids: Tensor,
         attention_mask: Tensor | None = None,
-        at: Places | None = None,
+        at: Positions | None = None,
         cache: Cache | None = None,
         start: int = 0,
     ) -> Tensor:
-        """Return the final hidden states [N W D] of ids [N W], the positions from `start` on of L.
+        """Return the final hidden states of W positions, of which no other position sees the padding.
 
-        attention_mask [N L]: True at real tokens; None: nothing is padded. Padding is seen by no position,
-        and rotary positions are relative, so that a padded row equals the row alone. cache: holds the other
-        positions' keys and values and takes these ones'; without it, or where it is not filled, W = L and
-        start = 0. at: the S of the W positions whose states are wanted; the result is then [S D], and the
-        last layer, whose other positions are seen by nobody, is computed for these alone.
+        Rotary positions are relative, so that a padded row gives the same as the row alone.
+
+        Args:
+            ids: Token ids of the positions from `start` on [N W].
+            attention_mask: True at real tokens [N L]; None if nothing is padded.
+            at: The S of the W positions whose states are wanted. The last layer is computed for these only.
+            cache: Holds keys and values of the other positions, and stores those of these ones. Without it,
+                or if it is not filled, W = L and start = 0.
+            start: First of the W positions.
+
+        Returns:
+            Hidden states [N W D], or [S D] with `at`.
         """
         x: Tensor = self.embedding(ids)
         stop = start + ids.shape[1]
@@ -135,17 +148,17 @@ class Network(nn.Module):
         rotary = (cos[start:stop], sin[start:stop])
         visible = None if attention_mask is None else attention_mask[:, None, None, :]
         for number, layer in enumerate(self.layers):
-            put = None if cache is None else cache.slot(number, start).put
-            places = at if number == len(self.layers) - 1 else None
+            store = None if cache is None else cache.slot(number, start).store
+            wanted = at if number == len(self.layers) - 1 else None
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotary, visible, places, put, use_reentrant=False)
+                x = checkpoint(layer, x, rotary, visible, wanted, store, use_reentrant=False)
             else:
-                x = layer(x, rotary, visible, places, put)
+                x = layer(x, rotary, visible, wanted, store)
         final: Tensor = self.norm(x)
         return final
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines [L d] of at least `length` positions, made anew for the longest so far."""
+        """Return cosines and sines [L d] of at least `length` positions, as many as ever needed."""
         if device not in self._rotary or len(self._rotary[device][0]) < length:
             positions = torch.arange(length, device=device, dtype=torch.float)
             angles = torch.outer(positions, self.frequencies(device))
@@ -155,10 +168,10 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draw all weights from `seed`, the same on any device: an adapter may go on with them elsewhere.
+        """Draw all weights from `seed`, the same on any device, so that an adapter fits them anywhere.
 
-        Matrices are normal with deviation 1 / sqrt(inputs), those that write into the residual stream divided
-        by sqrt(2 * layers); gains are 1.
+        Matrices are normal with deviation 1 / sqrt(inputs), divided by sqrt(2 * layers) if they write into
+        the residual stream; gains are 1.
         """
         generator = torch.Generator().manual_seed(seed)
         depth = (2 * len(self.layers)) ** 0.5
@@ -193,16 +206,17 @@ class Network(nn.Module):
     def layers(self) -> nn.ModuleList:
         """The transformer's layers, from the first to the last.
 
-        Each maps (hidden states [N W D], rotary tables, visible, at, put); see `attention.look`.
+        Each maps (hidden states [N W D], rotary tables, visible, at, store); see
+        `spg.models.attention.attend`.
         """
 
     @abstractmethod
     def published_config(self) -> dict[str, Any]:
-        """Return the fields of a config.json in the published layout, but those of the tokenizer."""
+        """Return the fields of a published config.json, without those of the tokenizer."""
 
     @property
     def head_width(self) -> int:
-        """Number of rows of the head, V; not all of them need to belong to a token."""
+        """Number of rows of the head, V; rows beyond the tokens are allowed."""
         weight = self.head.weight
         assert isinstance(weight, Tensor)
         return len(weight)
@@ -213,12 +227,12 @@ class Network(nn.Module):
         return logits
 
     def logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return log softmax(logits) at the targets [S], in float32, of hidden states [S D]."""
+        """Return log softmax(logits) [S] at the targets [S], in float32, of hidden states [S D]."""
         weight = self.head.weight
         assert isinstance(weight, Tensor)
         return token_logps(hidden, weight, targets)
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Have torch compile the layers at their first use, one program for all sizes of a kind of pass."""
+        """Let torch compile the layers at their first use, one program for all sizes of a kind of pass."""
         for layer in self.layers:
             layer.compile(dynamic=True, backend=backend)

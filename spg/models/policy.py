@@ -1,6 +1,6 @@
-"""The policy: a network with its tokenizer, asked for tokens or for log-probabilities.
+"""The policy: a network with its tokenizer, which gives tokens or log-probabilities.
 
-The vocabulary axis stays in here: log-probabilities leave as [N T], choices as token ids.
+The vocabulary axis never leaves this module: log-probabilities leave as [N T], choices as token ids.
 """
 
 from __future__ import annotations
@@ -19,37 +19,45 @@ from transformers import PreTrainedTokenizerBase
 
 from spg.core.errors import InputError
 from spg.core.examples import Chat, Example, Template
-from spg.core.limits import check_limits
+from spg.core.rules import checked
 from spg.core.types import Prompts
 from spg.models.head import rows_at_once
 from spg.models.lora import LoRA, add_adapter, load_adapter, save_adapter
-from spg.models.network import Cache, Network, Places
+from spg.models.network import Cache, Network, Positions
 
-# what `propose` can tell of a choice beside the token: how sure the policy is, and by how much it won
+# how clear a choice is: what `propose` returns beside the token
 Measure = Literal["probability", "margin", "negative_entropy", "lead"]
 
 
 class Policy(nn.Module):
     """A masked diffusion language model, pi(x_i | z_t, c) for every masked position at once.
 
-    precision: `32-true`, or `bf16-mixed` for a network that computes in bfloat16 (autocast); softmax and
-    sampling are in float32 or better always. Raises ValueError where the tokenizer lacks a mask, EOS or
-    padding token.
+    Args:
+        network: Computes hidden states and logits.
+        tokenizer: Has a mask, an EOS and a padding token.
+        precision: `32-true`, or `bf16-mixed` for a network that computes in bfloat16 (autocast). Softmax and
+            sampling are always in float32 or better.
+
+    Raises:
+        ValueError: if the tokenizer lacks one of the three tokens.
     """
 
+    @checked
     def __init__(
-        self, network: Network, tokenizer: PreTrainedTokenizerBase, precision: str = "32-true"
+        self,
+        network: Network,
+        tokenizer: PreTrainedTokenizerBase,
+        precision: Literal["32-true", "bf16-mixed"] = "32-true",
     ) -> None:
         super().__init__()
-        check_limits(precision=precision)
         self.network = network
         self.tokenizer = tokenizer
         self.precision = precision
         self.mask_id = self._token_id("mask_token_id")
         self.eos_id = self._token_id("eos_token_id")
         self.pad_id = self._token_id("pad_token_id")
-        self._never: Tensor | None = None
-        # in lists, so that neither is a submodule: the adapter wraps the network, the copy is not trained
+        self._excluded: Tensor | None = None
+        # lists keep both from becoming submodules: the adapter wraps the network, the copy is not trained
         self._adapter: list[Any] = []
         self._reference: list[Network] = []
         # a group repeats its prompt, and templates repeat short texts
@@ -67,12 +75,12 @@ class Policy(nn.Module):
         return next(self.network.parameters()).device
 
     def adapt(self, lora: LoRA) -> None:
-        """Train an adapter from now on instead of the network's own weights."""
+        """Train an adapter from now on, instead of the own weights of the network."""
         self._adapter = [add_adapter(self.network, lora)]
 
     @property
     def has_adapter(self) -> bool:
-        """Whether an adapter is trained instead of the network's own weights."""
+        """Whether an adapter is trained, instead of the own weights of the network."""
         return bool(self._adapter)
 
     def save_adapter(self, folder: Path) -> None:
@@ -80,22 +88,23 @@ class Policy(nn.Module):
         save_adapter(self._adapter[0], folder)
 
     def load_adapter(self, folder: Path) -> None:
-        """Fill the adapter from a PEFT folder; raises ValueError where it does not fit."""
+        """Load the adapter from a PEFT folder; raise ValueError if it does not fit."""
         load_adapter(self._adapter[0], folder)
 
     def keep_reference(self) -> None:
-        """Remember the model as it is now, for `as_reference`.
+        """Keep a copy of the model as it is now, for `as_reference`.
 
-        With an adapter that costs nothing: the model without it is the reference.
+        With an adapter no copy is needed: the model without it is the reference.
         """
         if not self._adapter:
             self._reference = [copy.deepcopy(self.network).requires_grad_(False)]
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Be the reference model, without dropout: the adapter switched off, or the frozen copy.
+        """Act as the reference model, without dropout: the adapter is switched off, or the copy takes over.
 
-        Raises ValueError where none was kept.
+        Raises:
+            ValueError: if no reference was kept.
         """
         if not (self._adapter or self._reference):
             raise ValueError("no reference model was kept; call keep_reference() before training")
@@ -113,9 +122,10 @@ class Policy(nn.Module):
             self.train(was_training)
 
     def encode(self, prompt: str | Chat) -> list[int]:
-        """Return the token ids of a text, or of a chat in the model's template.
+        """Return the token ids of a text, or of a chat in the template of the model.
 
-        Raises InputError where the tokenizer cannot write the text.
+        Raises:
+            InputError: if the tokenizer has no tokens for the text, or no template for chats.
         """
         if isinstance(prompt, str):
             return list(self._encode_text(prompt))
@@ -151,10 +161,18 @@ class Policy(nn.Module):
         index: Tensor,
         gen_length: int,
     ) -> Prompts:
-        """Tokenise B prompts and templates, pad them, and put them on the policy's device.
+        """Tokenize B prompts and templates, pad them, and move them to the device of the policy.
 
-        group [B]: number of each sequence's prompt; index [B]: of the sequence itself. A completion
-        shorter than `gen_length` tokens ends in given EOS. Raises InputError where a template is longer.
+        Args:
+            examples: Example of each sequence.
+            prompts: Prompt of each sequence.
+            templates: Completion with holes of each sequence; None for a free completion.
+            group: Number of each sequence's prompt [B].
+            index: Number of each sequence [B].
+            gen_length: Number of completion tokens T. After a shorter template, given EOS tokens follow.
+
+        Raises:
+            InputError: if a template is longer than `gen_length`.
         """
         encoded = [self.encode(prompt) for prompt in prompts]
         width = max(len(ids) for ids in encoded)
@@ -184,11 +202,11 @@ class Policy(nn.Module):
     def _tensor(self, rows: Sequence[Sequence[int | bool]]) -> Tensor:
         return torch.tensor(rows, dtype=torch.long, device=self.device)
 
-    def computing(self) -> AbstractContextManager[None]:
-        """Return the context in which the network computes in the policy's precision.
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the context in which the network computes in the precision of the policy.
 
-        It is entered for one pass at a time: autocast keeps its copies of weights while it lasts, and would
-        not see that an optimizer changed them.
+        Enter it for one pass at a time: autocast keeps its copies of weights until it ends, and would miss
+        a change by an optimizer.
         """
         if self.precision == "32-true":
             return nullcontext()
@@ -197,12 +215,15 @@ class Policy(nn.Module):
     def token_logps(self, tokens: Tensor, mask: Tensor | None, targets: Tensor, scored: Tensor) -> Tensor:
         """Return log pi(targets | tokens) [N T] at the scored positions, 0 elsewhere, in float32.
 
-        tokens [N L] with [MASK] in place; mask [N L] True at real tokens, or None; targets and
-        scored [N T] belong to the last T positions.
+        Args:
+            tokens: Token ids with [MASK] in place [N L].
+            mask: True at real tokens [N L]; None if nothing is padded.
+            targets: Token ids of the last T positions [N T].
+            scored: True at the positions to compute [N T].
         """
         width = tokens.shape[1] - targets.shape[1]
-        with self.computing():
-            picked = self.network.hidden(tokens, mask, Places.of(F.pad(scored, (width, 0))))
+        with self.autocast():
+            picked = self.network.hidden(tokens, mask, Positions.of_mask(F.pad(scored, (width, 0))))
             logps = self.network.logps(picked, targets[scored])
         return torch.zeros(targets.shape, device=logps.device).masked_scatter(scored, logps)
 
@@ -220,36 +241,45 @@ class Policy(nn.Module):
         cache: Cache | None = None,
         window: slice | None = None,
     ) -> tuple[Tensor, ...]:
-        """Choose a token for every position of `columns` [N K], and measure how clear each choice is.
+        """Choose a token for every position of `columns`, and measure how clear each choice is.
 
-        tokens [N L]; mask [N L] or None. At temperature 0 the likeliest token; above it a draw from
-        softmax(logits / temperature) by inverse CDF in float64, from noise [N K] uniform on [0, 1). [MASK],
-        padding (unless it is EOS) and rows of the head that belong to no token are never chosen. shared:
-        compute equal rows once, which has to wait for the device. cache: of these rows; where it is filled,
-        only the positions of `window`, which holds those of `columns`, are computed, else all, and it is
-        filled.
+        At temperature 0 this is the most likely token. Above, it is a draw from softmax(logits / temperature)
+        by inverse CDF in float64. [MASK], padding (unless it is EOS) and rows of the head without a token are
+        never chosen.
 
-        Returns ids [N K] and each of `measures` [N K], in float32, at temperature 1 and without noise:
-        `probability` of the chosen token; `margin`, by which the likeliest token's probability exceeds the
-        next one's; `negative_entropy` of the distribution, in nats; `lead`, the same two tokens' distance in
-        logits, which is that in log-probabilities.
+        Args:
+            tokens: Token ids with [MASK] in place [N L].
+            mask: True at real tokens [N L]; None if nothing is padded.
+            columns: Positions to choose for [N K].
+            temperature: Of the draws; 0 for none.
+            noise: Uniform on [0, 1) [N K]; None without draws.
+            measures: What to return beside the tokens.
+            shared: Compute equal rows once. This waits for the device.
+            cache: Keys and values of these rows. If it is filled, only the positions of `window` are
+                computed; else all are, and it is filled.
+            window: Positions to compute with a filled cache; it holds those of `columns`.
+
+        Returns:
+            Token ids [N K], then each of `measures` [N K], in float32, at temperature 1 and without noise.
+            `probability` is that of the chosen token. `margin` is the difference in probability between the
+            two most likely tokens, `lead` their difference in logits, which is that in log-probabilities.
+            `negative_entropy` is that of the distribution, in nats.
         """
-        with self.computing():
+        with self.autocast():
             if cache is not None and cache.filled:
                 assert window is not None
-                seen = tokens[:, window]
-                at = Places(columns - window.start)
-                states = self.network.hidden(seen, mask, at, cache, window.start)
+                at = Positions(columns - window.start)
+                states = self.network.hidden(tokens[:, window], mask, at, cache, window.start)
             elif shared:
                 rows = torch.cat([tokens if mask is None else 2 * tokens + mask, columns], dim=1)
                 first, which = distinct_rows(rows)
                 own = None if mask is None else mask[first]
-                few = self.network.hidden(tokens[first], own, Places(columns[first]), cache)
+                few = self.network.hidden(tokens[first], own, Positions(columns[first]), cache)
                 states = few.view(len(first), -1, few.shape[-1])[which].flatten(0, 1)
                 if cache is not None:
                     cache.select(which)
             else:
-                states = self.network.hidden(tokens, mask, Places(columns), cache)
+                states = self.network.hidden(tokens, mask, Positions(columns), cache)
         noise = None if noise is None or temperature == 0 else noise.flatten()
         size = rows_at_once(self.network.head_width, states.device)
         if noise is not None and states.device.type == "cuda":
@@ -267,46 +297,46 @@ class Policy(nn.Module):
         self, states: Tensor, temperature: float, noise: Tensor | None, measures: Sequence[Measure]
     ) -> tuple[Tensor, ...]:
         """Choose a token from each of states [S D], and measure the choices; see `propose`."""
-        with self.computing():
+        with self.autocast():
             logits = self.network.logits(states)
         logits = logits.float()
-        never = self._never_chosen(logits.shape[-1], logits.device)
-        allowed = logits.masked_fill(never, -torch.inf)
-        ids = allowed.argmax(-1) if noise is None else _draw(allowed.double() / temperature, noise)
+        excluded = self._excluded_ids(logits.shape[-1], logits.device)
+        allowed = logits.masked_fill(excluded, -torch.inf)
+        ids = allowed.argmax(-1) if noise is None else _sample(allowed.double() / temperature, noise)
 
-        def measured(name: Measure) -> Tensor:
+        def measure(name: Measure) -> Tensor:
             if name == "lead":
-                return _ahead(allowed)
-            # over the whole head, as released: what is never chosen takes its share of the probability
+                return _gap(allowed)
+            # over the whole head, as in the released code: excluded tokens take their share of probability
             probabilities = logits.softmax(-1)
             if name == "probability":
                 return probabilities.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
             if name == "margin":
-                return _ahead(probabilities.masked_fill(never, 0.0))
+                return _gap(probabilities.masked_fill(excluded, 0.0))
             # `entr` is 0 at 0, where p log p has no value
             return -torch.special.entr(probabilities).sum(-1)
 
-        return ids, *map(measured, measures)
+        return ids, *map(measure, measures)
 
-    def _never_chosen(self, rows: int, device: torch.device) -> Tensor:
-        if self._never is not None and self._never.device == device:
-            return self._never
-        never = torch.arange(rows, device=device) >= len(self.tokenizer)
-        never[self.mask_id] = True
+    def _excluded_ids(self, rows: int, device: torch.device) -> Tensor:
+        if self._excluded is not None and self._excluded.device == device:
+            return self._excluded
+        excluded = torch.arange(rows, device=device) >= len(self.tokenizer)
+        excluded[self.mask_id] = True
         if self.pad_id != self.eos_id:
-            never[self.pad_id] = True
-        self._never = never
-        return never
+            excluded[self.pad_id] = True
+        self._excluded = excluded
+        return excluded
 
 
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for rows [N L] the numbers [U] of the different ones, and which of these each row is [N]."""
+    """Return the numbers of the distinct rows [U] of rows [N L], and which of these each row equals [N]."""
     distinct, which = torch.unique(rows, dim=0, return_inverse=True)
     numbers = torch.arange(len(rows), device=rows.device)
     return torch.zeros_like(distinct[:, 0]).scatter(0, which, numbers), which
 
 
-def _draw(logits: Tensor, noise: Tensor) -> Tensor:
+def _sample(logits: Tensor, noise: Tensor) -> Tensor:
     """Draw from softmax(logits) [S V] by inverse CDF, from noise [S] uniform on [0, 1), all in float64."""
     cumulative = logits.softmax(-1).cumsum(-1)
     threshold = noise.unsqueeze(-1) * cumulative[..., -1:]
@@ -314,7 +344,7 @@ def _draw(logits: Tensor, noise: Tensor) -> Tensor:
     return ids.clamp_max(logits.shape[-1] - 1)
 
 
-def _ahead(values: Tensor) -> Tensor:
+def _gap(values: Tensor) -> Tensor:
     """Return by how much the largest of `values` [... V] exceeds the second largest [...]."""
     largest = values.topk(2, dim=-1).values
     return largest[..., 0] - largest[..., 1]

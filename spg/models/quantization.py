@@ -1,4 +1,4 @@
-"""Weights in 4 bits (nf4) through bitsandbytes: a network's layers, frozen under an adapter."""
+"""Weights in 4 bits (nf4) by bitsandbytes, for the frozen layers of a network with an adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spg.models.network import Network
 
 
 def check_nf4(device: torch.device) -> None:
-    """Raise ValueError where weights can't be kept in nf4: away from CUDA, or without bitsandbytes."""
+    """Raise ValueError if weights can't be kept in nf4: without CUDA, or without bitsandbytes."""
     needs = []
     if device.type != "cuda":
         needs.append(f"a CUDA device (this is {device.type})")
@@ -28,11 +28,18 @@ def check_nf4(device: torch.device) -> None:
 def prepare_nf4(
     network: Network, device: torch.device, dtype: torch.dtype
 ) -> Callable[[str, Tensor], nn.Parameter | None]:
-    """Replace the linear layers in a network's layers by 4-bit ones, and return what fills them.
+    """Replace the matrices in a network's layers by 4-bit ones, and return a function that fills them.
 
-    That takes a parameter's name and tensor [out in] and returns the quantised parameter on `device`, or None
-    for one that keeps its type: head, embedding and norms. dtype: in which products are computed. Scales are
-    quantised in turn (QLoRA's double quantisation).
+    The scales are quantized too (double quantization of QLoRA, Dettmers et al. 2023).
+
+    Args:
+        network: The network, which may have no storage (meta).
+        device: Where the quantized parameters lie.
+        dtype: Type of the products.
+
+    Returns:
+        A function of a parameter's name and tensor [out in]. It returns the quantized parameter, or None for
+        a parameter that keeps its type: head, embedding and norms.
     """
     import bitsandbytes
 
@@ -51,7 +58,7 @@ def prepare_nf4(
                 )
             network.set_submodule(name, small)
             made[f"{name}.weight"] = small
-    vars(network)["is_loaded_in_4bit"] = True  # where peft looks
+    vars(network)["is_loaded_in_4bit"] = True  # where peft reads it
 
     def fill(name: str, tensor: Tensor) -> nn.Parameter | None:
         if name not in made:
@@ -63,14 +70,14 @@ def prepare_nf4(
             quant_type="nf4",
             module=made[name],
         )
-        small: nn.Parameter = whole.to(device)  # quantised on the way
+        small: nn.Parameter = whole.to(device)  # this quantizes
         return small
 
     return fill
 
 
-def quantise(network: Network, device: torch.device, dtype: torch.dtype) -> None:
-    """Quantise the layers of a network that has its weights, on `device`."""
+def quantize(network: Network, device: torch.device, dtype: torch.dtype) -> None:
+    """Quantize the layers of a network that has its weights, on `device`."""
     whole = dict(network.named_parameters())
     fill = prepare_nf4(network, device, dtype)
     for name, parameter in whole.items():

@@ -1,8 +1,8 @@
-"""Qwen3 turned bidirectional: Tiny-A2D, and whatever else has its layout.
+"""Qwen3 with bidirectional attention: Tiny-A2D, and other models of its layout.
 
-The layers are those of transformers, with their parameters and published names; what is ours is how a layer
-is run: no causal mask, rotary positions in float32, the cache of decoding, and only the positions that are
-wanted in the last layer. Logits at a position are about that position's own token: nothing is shifted.
+The layers are those of transformers, with their parameters and published names. How a layer is computed is
+ours: no causal mask, rotary positions in float32, the cache of decoding, and in the last layer only the
+positions that are wanted. Logits at a position predict the token of that position: nothing is shifted.
 """
 
 from __future__ import annotations
@@ -18,35 +18,36 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
-from spg.core.limits import check_limits
-from spg.models.attention import look
-from spg.models.network import Network, Places
+from spg.core.rules import Count, Positive, Seed, checked
+from spg.models.attention import attend
+from spg.models.network import Network, Positions
 from spg.models.tokenizer import pretrained
 
-# Qwen3's chat template opens an answer with an empty thought where it is told so
+# makes Qwen3's chat template open an answer with an empty thought
 NO_THINKING = "{%- set enable_thinking = false %}"
 
 
+@checked
 @dataclass(frozen=True)
 class Qwen3DiffusionConfig:
     """Sizes of a bidirectional Qwen3, named as in the published configuration files.
 
-    Raises ValueError where a size is out of range or the heads do not share out.
+    Raises:
+        ValueError: if a size is out of range, or the numbers of heads do not fit each other.
     """
 
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    rope_theta: float = 1000000.0
-    rms_norm_eps: float = 1e-6
+    hidden_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count
+    intermediate_size: Count
+    vocab_size: Count
+    rope_theta: Positive = 1000000.0
+    rms_norm_eps: Positive = 1e-6
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        check_limits(**vars(self))
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -66,33 +67,33 @@ class Qwen3DiffusionConfig:
         return self.vocab_size
 
     def for_transformers(self) -> Qwen3Config:
-        """Return the same sizes as transformers has them."""
+        """Return the same sizes as a configuration of transformers."""
         sizes = {name: value for name, value in vars(self).items() if name != "rope_theta"}
         rope = {"rope_type": "default", "rope_theta": self.rope_theta}
         return Qwen3Config(**sizes, rope_parameters=rope, use_cache=False)
 
 
 class Layer(Qwen3DecoderLayer):
-    """A layer of transformers' Qwen3, whose attention looks both ways."""
+    """A layer of transformers' Qwen3 with bidirectional attention."""
 
     def forward(
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         visible: Tensor | None,
-        at: Places | None = None,
-        put: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        at: Positions | None = None,
+        store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """Map hidden states [N W D]; `visible` [N 1 1 L] is True at the positions that may be seen.
+        """Return the hidden states [N W D] after this layer, or [S D] at the positions `at`.
 
-        rotary, at, put: see `attention.look`; with `at` the result is [S D].
+        `spg.models.attention.attend` describes the arguments.
         """
         own = self.self_attn
         h = self.input_layernorm(x)
         value = self._heads(own.v_proj(h)).transpose(1, 2)
         key = own.k_norm(self._heads(own.k_proj(h))).transpose(1, 2)
-        x, seen = look(x, h, self._query, key, value, rotary, visible, at, put)
-        x = x + own.o_proj(seen)
+        x, attended = attend(x, h, self._query, key, value, rotary, visible, at, store)
+        x = x + own.o_proj(attended)
         fed: Tensor = self.mlp(self.post_attention_layernorm(x))
         return x + fed
 
@@ -119,13 +120,15 @@ class Model(nn.Module):
 class Qwen3Diffusion(Network):
     """The network: token ids [N L] to hidden states [N L D], and hidden states to logits.
 
-    With `tie_word_embeddings` the head's weight is the embedding's parameter; `state_dict` then names it
-    once, as `model.embed_tokens.weight`, and loading takes it under either name. seed: of the initial
-    weights, normal with deviation 1 / sqrt(inputs), those that write into the residual stream divided by
-    sqrt(2 * layers); None leaves them to who fills them.
+    With `tie_word_embeddings` the weight of the head is the parameter of the embedding. `state_dict` then
+    names it once, as `model.embed_tokens.weight`, and loading accepts either name.
+
+    Args:
+        config: Its sizes.
+        seed: Seed of the initial weights (`Network.initialise`); None leaves them uninitialized.
     """
 
-    # the seven names of the published setting are Qwen's, so that they are all of a layer's matrices
+    # the seven names of the published setting come from Qwen, and name all matrices of a layer
     lora_targets: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("released", "all"),
         r".*\.layers\.\d+\.\w+\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
@@ -159,20 +162,21 @@ class Qwen3Diffusion(Network):
         "use_sliding_window": (False,),
     }
 
-    def __init__(self, config: Qwen3DiffusionConfig, seed: int | None = 0) -> None:
+    @checked
+    def __init__(self, config: Qwen3DiffusionConfig, seed: Seed | None = 0) -> None:
         super().__init__()
         self.config = config
         self.model = Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
-        self.register_state_dict_post_hook(_named_once)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_under_either_name)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_tied_again)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(_keep_one_name)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_accept_either_name)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_tie_again)  # type: ignore[no-untyped-call]
         if seed is not None:
             self.initialise(seed)
 
     def tie(self) -> None:
-        """Make the embedding's parameter the head's too, where the configuration says so."""
+        """Use the parameter of the embedding in the head too, if the configuration ties them."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -209,7 +213,7 @@ class Qwen3Diffusion(Network):
         return frequencies.to(device)
 
     def published_config(self) -> dict[str, Any]:
-        """Return the fields of the published models' config.json, for a folder that others load."""
+        """Return the fields of a published config.json: the sizes, and what identifies this class."""
         sizes = vars(self.config)
         return {
             "architectures": ["A2DQwen3LMHeadModel"],
@@ -233,14 +237,20 @@ def a2d_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a Tiny-A2D model from a folder or a hub id, as its network expects it.
 
-    A completion ends at `<|im_end|>`, which pads as well: the network was trained to fill what follows with
-    `<|endoftext|>`, Qwen3's padding, and as padding that could never be chosen. Chats are opened without
-    thinking, as the model's card recommends. mask_token: where the tokenizer declares none.
+    A completion ends at `<|im_end|>`, which is also the padding: the network was trained to fill what follows
+    with `<|endoftext|>`, the padding of Qwen3, and padding can never be chosen. Answers are opened without
+    thinking, as the card of the model recommends.
 
-    Raises InputError where nothing can be loaded, or a token is not in the vocabulary.
+    Args:
+        path: Folder or hub id of the model.
+        revision: Branch, tag or commit of the hub id; None for its main branch.
+        mask_token: The mask, if the tokenizer declares none.
+
+    Raises:
+        InputError: if nothing can be loaded, or a token is not in the vocabulary.
     """
     with warnings.catch_warnings():
-        # transformers reads config.json too, and tells of its publisher's fields that they are out of date
+        # transformers reads config.json too, and warns that some of its fields are out of date
         warnings.simplefilter("ignore", FutureWarning)
         tokenizer = pretrained(path, revision, mask_token=mask_token)
     tokenizer.pad_token = tokenizer.eos_token
@@ -254,15 +264,15 @@ def a2d_tokenizer(
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def _named_once(network: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Leave the tied head out of a state dict, as transformers does: files can't hold a tensor twice."""
+def _keep_one_name(network: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Remove the tied head from a state dict, as transformers does: files can't hold a tensor twice."""
     assert isinstance(network, Qwen3Diffusion)
     if network.config.tie_word_embeddings:
         state.pop(prefix + _HEAD, None)
 
 
-def _under_either_name(network: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Complete a state dict that has the tied parameter under one name."""
+def _accept_either_name(network: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Add the other name of the tied parameter to a state dict that has one."""
     assert isinstance(network, Qwen3Diffusion)
     if network.config.tie_word_embeddings:
         for given, other in ((_EMBEDDING, _HEAD), (_HEAD, _EMBEDDING)):
@@ -270,7 +280,7 @@ def _under_either_name(network: nn.Module, state: dict[str, Any], prefix: str, *
                 state.setdefault(prefix + other, state[prefix + given])
 
 
-def _tied_again(network: nn.Module, _: Any) -> None:
-    """Tie what loading by assignment has made two parameters."""
+def _tie_again(network: nn.Module, _: Any) -> None:
+    """Tie head and embedding again after loading by assignment has made them two parameters."""
     assert isinstance(network, Qwen3Diffusion)
     network.tie()

@@ -12,19 +12,19 @@ from spg.models.hub import TOKENIZER, fetch
 PAD, EOS, MASK, UNKNOWN = "<|pad|>", "<|endoftext|>", "<|mask|>", "<|unknown|>"
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 CHARACTERS = "0123456789+-*/=()., \n"
-# what a random model would never write byte by byte: the published form of a completion
+# the published form of a completion, which a random model would never write byte by byte
 FORM = ("<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>\n")
 # LLaDA's special tokens; in its own tokenizer they are 126080, 126081, 126336, 126346, 126347 and 126348
 BEGIN, LLADA_MASK = "<|startoftext|>", "<|mdm_mask|>"
 HEADER, HEADER_END, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
-# the form in which LLaDA's instruction-tuned models read chats: an answer is always opened
+# the chat template of LLaDA's instruction-tuned models, which always opens an answer
 LLADA_CHAT = (
     "{{ bos_token }}"
     "{% for message in messages %}"
     f"{HEADER}{{{{ message['role'] }}}}{HEADER_END}\n\n{{{{ message['content'] | trim }}}}{END_OF_TURN}"
     "{% endfor %}"
     f"{HEADER}assistant{HEADER_END}\n\n"
-    # Jinja drops one line feed at a template's very end
+    # Jinja drops one line feed at the very end of a template
     "{{ '' }}"
 )
 
@@ -53,11 +53,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a tokenizer of 256 bytes and LLaDA's special tokens, with its form of chats; padding is EOS.
+    """Build a tokenizer of 256 bytes with the special tokens and the chat template of LLaDA; EOS pads.
 
     The tags of the published completions are one token each, with their line feeds, so that a random model
-    writes them now and then and is rewarded for it. Every text can be written and is read back exactly, but
-    for the names of special tokens in it.
+    sometimes writes them and is rewarded. Every text can be encoded and is decoded exactly, except for the
+    names of special tokens.
     """
     words = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges=[]))
@@ -86,31 +86,39 @@ def pretrained(
     pad_token: str | None = None,
     chat: bool = True,
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a published model from a folder or a hub id; no code of theirs is run.
+    """Load the tokenizer of a published model from a folder or a hub id, without running code from there.
 
-    mask_token, eos_token, pad_token: taken where the tokenizer declares none itself, as LLaDA's declares no
-    mask; without either, padding is EOS. chat: give a tokenizer that has the tokens of LLaDA's chats and no
-    form of chats the published one. A completion ends at EOS, as in the released code; LLaDA's end of turn
-    (`<|eot_id|>`) is a special token, which ends nothing and is left out of texts.
+    A completion ends at EOS, as in the released code. LLaDA's end of turn (`<|eot_id|>`) is a special token,
+    which does not end a completion and is left out of texts.
 
-    Raises InputError where nothing can be loaded, or a token is not in the vocabulary.
+    Args:
+        path: Folder or hub id of the model.
+        revision: Branch, tag or commit of the hub id; None for its main branch.
+        mask_token: The mask, if the tokenizer declares none, like that of LLaDA.
+        eos_token: The token that ends a completion, if the tokenizer declares none.
+        pad_token: The padding, if the tokenizer declares none; None for EOS.
+        chat: Give the chat template of LLaDA to a tokenizer that has the tokens for it and no template.
+
+    Raises:
+        InputError: if nothing can be loaded, or a token is not in the vocabulary.
     """
     where = f"model.path={path}" + ("" if revision is None else f" model.revision={revision}")
     folder = fetch(path, revision, TOKENIZER)
-    told = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # else it warns of a config.json that is no model of its own
+    verbosity = transformers_logging.get_verbosity()
+    # transformers would warn about the config.json of a model that it does not know
+    transformers_logging.set_verbosity_error()
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, padding_side="left"
         )
-    except Exception as error:  # broken files raise all kinds, down to a panic's own
+    except Exception as error:  # broken files raise all kinds, even panics of the Rust code
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(
             f"{where}: its tokenizer can't be loaded ({reason}); {folder} needs tokenizer.json and "
             "tokenizer_config.json"
         ) from error
     finally:
-        transformers_logging.set_verbosity(told)
+        transformers_logging.set_verbosity(verbosity)
     vocabulary = tokenizer.get_vocab()
     chosen = {"mask_token": mask_token, "eos_token": eos_token, "pad_token": pad_token}
     for name, token in chosen.items():
@@ -123,8 +131,8 @@ def pretrained(
                 )
             if token not in vocabulary:
                 raise InputError(
-                    f"{where}: model.tokenizer.{name}={token} is none of its tokenizer's {len(vocabulary)} "
-                    "tokens; give one that is"
+                    f"{where}: model.tokenizer.{name}={token} is not one of the {len(vocabulary)} tokens of "
+                    "its tokenizer; give one of them"
                 )
             setattr(tokenizer, name, token)
     if chat and tokenizer.chat_template is None and {HEADER, HEADER_END, END_OF_TURN} <= vocabulary.keys():

@@ -19,22 +19,23 @@ from spg.core.errors import RunError
 from spg.models.network import Network
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-NAMED = 3  # tensors that a message names; the others are counted
+# number of tensors that a message names; the others are counted
+NAMED = 3
 
 
 def save_weights(network: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write a network's tensors and a text metadata to `path`, under a temporary name first."""
+    """Write the tensors of a network and metadata to `path`, under a temporary name first."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in network.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:  # what is one tensor under several names has the first of them
+        if id(tensor) not in seen:  # a tensor with several names is written under the first
             seen.add(id(tensor))
             tensors[name] = tensor.detach().cpu().contiguous()
     save_tensors(tensors, path, metadata)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write tensors [...] that share no memory, and metadata, to `path`, under a temporary name first."""
+    """Write tensors that share no memory, and metadata, to `path`, under a temporary name first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -43,31 +44,37 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapp
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:
-    """Fill a network from `path`; raises ValueError where the file is missing, broken or another's."""
+    """Load a network from `path`; raise ValueError if the file is missing, broken or of another network."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is no file but a folder; give its safetensors file")
-    found = stored(path)
-    groups = _fit(network, found, path)
+    found = list_tensors(path)
+    groups = _match_names(network, found, path)
     own = network.state_dict()
     with torch.no_grad(), safe_open(path, framework="pt") as file:
         for names in groups:
-            own[names[0]].copy_(file.get_tensor(_given(names, found)))
+            own[names[0]].copy_(file.get_tensor(_stored_name(names, found)))
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor of a folder: the file that holds it, and its shape."""
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+        file: The file.
+        shape: Sizes of the tensor.
+    """
 
     file: Path
     shape: tuple[int, ...]
 
 
-def stored(place: Path) -> dict[str, Stored]:
-    """Return the tensors of a file or a published folder by name, reading none; at most one file is open.
+def list_tensors(place: Path) -> dict[str, StoredTensor]:
+    """Return the tensors in a file or a published folder by name, without reading them.
 
-    Raises ValueError where there are none, where the index names a file or a tensor that is not there, or
-    leaves one out, and where a file is broken.
+    Raises:
+        ValueError: if there are none, if a file is missing or broken, or if the index does not agree with
+            the files.
     """
     listed: dict[str, list[str]] | None = None
     if not place.is_dir():
@@ -75,7 +82,7 @@ def stored(place: Path) -> dict[str, Stored]:
             raise ValueError(f"{place} is no file; give safetensors weights, or model.weights=base")
         files = [place]
     elif (place / INDEX).is_file():
-        listed = _listed(place / INDEX)
+        listed = _read_index(place / INDEX)
         files = [place / name for name in listed]
     elif (place / SINGLE).is_file():
         files = [place / SINGLE]
@@ -86,14 +93,14 @@ def stored(place: Path) -> dict[str, Stored]:
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise ValueError(
-            f"{place}: {INDEX} names {_few(missing, len(files))} files that are not there; get the folder's "
-            "files again, whole"
+            f"{place}: {INDEX} names {_describe(missing, len(files))} files that are not there; get the "
+            "files of the folder again, all of them"
         )
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                # `keys` are those of a file here, no dictionary's
+                # this is a file, not a dictionary
                 own = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(
@@ -102,15 +109,15 @@ def stored(place: Path) -> dict[str, Stored]:
         if listed is not None and (wrong := sorted(set(listed[path.name]) ^ own.keys())):
             kind = "is not in it" if wrong[0] not in own else "is in it unnamed"
             raise ValueError(
-                f"{path} is not the file that {INDEX} is of: {len(wrong)} tensors differ, first {wrong[0]}, "
-                f"which {kind}; get the folder's files again, all of one revision"
+                f"{path} is not the file that {INDEX} describes: {len(wrong)} tensors differ, first "
+                f"{wrong[0]}, which {kind}; get the folder's files again, all of one revision"
             )
-        found |= {name: Stored(path, shape) for name, shape in own.items()}
+        found |= {name: StoredTensor(path, shape) for name, shape in own.items()}
     return found
 
 
-def _listed(index: Path) -> dict[str, list[str]]:
-    """Return the names of the tensors in each file that an index names."""
+def _read_index(index: Path) -> dict[str, list[str]]:
+    """Return the names of the tensors in each file of an index."""
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not isinstance(places, dict) or not places:
@@ -132,46 +139,60 @@ def load_published(
     device: torch.device,
     convert: Callable[[str, Tensor], nn.Parameter | None] | None = None,
 ) -> int:
-    """Fill a network that was built on the meta device from a folder or a file; return the number of files.
+    """Load a network that was built on the meta device from a folder or a file.
 
-    Tensor by tensor: what a file holds goes to `device` in `dtype` and becomes the parameter, so that the
-    host needs the room of a file beyond the weights. Parameters that are one under several names stay one,
-    and one of the names is enough. convert: makes the parameter of a name's tensor [...] itself, or returns
-    None. Raises ValueError, before a tensor is read, for those that are missing, of another shape or too
-    many.
+    Each tensor becomes a parameter on `device` before the next one is read, so that the host needs little
+    memory beyond the weights. A parameter with several names stays one; one name in the files is enough.
+
+    Args:
+        network: The network without storage.
+        place: A published folder, or a safetensors file.
+        dtype: Type of the parameters.
+        device: Device of the parameters.
+        convert: Makes a parameter from its name and tensor, or returns None to leave that to this function.
+
+    Returns:
+        The number of files that were read.
+
+    Raises:
+        ValueError: before a tensor is read, if tensors are missing, have another shape or are too many.
     """
-    found = stored(place)
+    found = list_tensors(place)
     by_file: dict[Path, list[tuple[str, ...]]] = {}
-    for names in _fit(network, found, place):
-        by_file.setdefault(found[_given(names, found)].file, []).append(names)
+    for names in _match_names(network, found, place):
+        by_file.setdefault(found[_stored_name(names, found)].file, []).append(names)
     for path, groups in by_file.items():
         with safe_open(path, framework="pt") as file:
             for names in groups:
-                given = _given(names, found)
+                given = _stored_name(names, found)
                 tensor = file.get_tensor(given)
-                _same(tensor, given, [name for name in names if name in found and name != given], found)
-                _put(network, given, names, tensor, dtype, device, convert)
+                _check_equal(
+                    tensor, given, [name for name in names if name in found and name != given], found
+                )
+                _assign(network, given, names, tensor, dtype, device, convert)
     return len(by_file)
 
 
-def _given(names: Sequence[str], found: Mapping[str, Stored]) -> str:
-    """Return the first of a tensor's names that is found."""
+def _stored_name(names: Sequence[str], found: Mapping[str, StoredTensor]) -> str:
+    """Return the first of the names of a tensor that a file has."""
     return next(name for name in names if name in found)
 
 
-def _same(tensor: Tensor, given: str, others: Sequence[str], found: Mapping[str, Stored]) -> None:
-    """Raise ValueError where what is one tensor in the network is stored under `others` with other values."""
+def _check_equal(
+    tensor: Tensor, given: str, others: Sequence[str], found: Mapping[str, StoredTensor]
+) -> None:
+    """Raise ValueError if a tensor of the network is stored under `others`, too, with other values."""
     for name in others:
         with safe_open(found[name].file, framework="pt") as file:
             if not torch.equal(tensor, file.get_tensor(name)):
                 raise ValueError(
-                    f"{found[name].file}: {name} differs from {given}, which are one tensor in this model; "
-                    "give model.network.config.tie_word_embeddings=false"
+                    f"{found[name].file}: {name} differs from {given}, but both are one tensor in this "
+                    "model; give model.network.config.tie_word_embeddings=false"
                 )
 
 
-def _fit(network: nn.Module, found: Mapping[str, Stored], place: Path) -> list[tuple[str, ...]]:
-    """Return the names of each of the network's tensors; raises ValueError where others are found."""
+def _match_names(network: nn.Module, found: Mapping[str, StoredTensor], place: Path) -> list[tuple[str, ...]]:
+    """Return the names of each tensor of the network; raise ValueError if the files have other tensors."""
     tensors: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
     tensors |= {
         name: tensor for name, tensor in network.state_dict(keep_vars=True).items() if name not in tensors
@@ -189,27 +210,27 @@ def _fit(network: nn.Module, found: Mapping[str, Stored], place: Path) -> list[t
     complaints = []
     if missing:
         shapes = [f"{name} {tuple(tensors[name].shape)}" for name in sorted(missing)]
-        complaints.append(f"{_few(shapes, len(groups))} of the model's tensors are missing")
+        complaints.append(f"{_describe(shapes, len(groups))} of the model's tensors are missing")
     if shaped:
-        complaints.append(f"{_few(shaped, len(groups))} tensors are of another shape")
+        complaints.append(f"{_describe(shaped, len(groups))} tensors are of another shape")
     if extra:
         there = [f"{name} {found[name].shape} in {found[name].file.name}" for name in sorted(extra)]
-        complaints.append(f"{_few(there, len(found))} tensors of its own are not the model's")
+        complaints.append(f"{_describe(there, len(found))} of its tensors are not in the model")
     if complaints:
         raise ValueError(
-            f"{place} does not fit this model: {'; '.join(complaints)}; give the model that it is of "
+            f"{place} does not fit this model: {'; '.join(complaints)}; give the model that it belongs to "
             "(model=..., or its sizes under model.network.config), or other weights"
         )
     return [tuple(names) for names in groups.values()]
 
 
-def _few(names: Sequence[str], total: int) -> str:
-    """Count names and write the first few of them out."""
+def _describe(names: Sequence[str], total: int) -> str:
+    """Return the number of names, the first few of them, and the total."""
     rest = ", ..." if len(names) > NAMED else ""
     return f"{len(names)} ({', '.join(names[:NAMED])}{rest}) of {total}"
 
 
-def _put(
+def _assign(
     network: nn.Module,
     given: str,
     names: Sequence[str],
@@ -218,15 +239,16 @@ def _put(
     device: torch.device,
     convert: Callable[[str, Tensor], nn.Parameter | None] | None,
 ) -> None:
-    """Make a tensor of a file the network's own, under all names that it has there."""
+    """Make a tensor of a file a parameter of the network, under all its names."""
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise ValueError(
-            f"{given} is {str(tensor.dtype).removeprefix('torch.')}: weights that were quantised by others "
-            "can't be read; give a folder of float32, bfloat16 or float16 ones (and model.quantization=nf4)"
+            f"{given} is {str(tensor.dtype).removeprefix('torch.')}: weights that others have quantized "
+            "can't be read; give a folder with float32, bfloat16 or float16 weights "
+            "(and model.quantization=nf4)"
         )
     own: Tensor | None = None if convert is None else convert(names[0], tensor)
     if own is None:
-        # a copy: what was read is a view of the file, and would change and vanish with it
+        # a copy: the tensor is a view of the file, and would change and disappear with it
         own = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
     for name in names:
         path, _, leaf = name.rpartition(".")
@@ -237,9 +259,10 @@ def _put(
 
 
 def load_checkpoint(network: nn.Module, path: str | Path) -> None:
-    """Fill a network with the trained tensors of a training checkpoint.
+    """Load the trained tensors of a network from a training checkpoint.
 
-    Raises ValueError where the file is broken or its tensors are not those that the network trains.
+    Raises:
+        ValueError: if the file is broken, or its tensors are not those that the network trains.
     """
     prefix = "policy.network."
     found = {k.removeprefix(prefix): v for k, v in read_checkpoint(path)["state_dict"].items()}
@@ -278,9 +301,10 @@ def load_trained(network: nn.Module, path: Path, load_adapter: Callable[[Path], 
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return a training checkpoint, read page by page as it is used: all processes of a run read the same.
+    """Return a training checkpoint, which is read page by page as it is used, by all processes of a run.
 
-    Raises ValueError where the file is missing, broken or another's.
+    Raises:
+        ValueError: if the file is missing or broken, or no checkpoint of this project.
     """
     path = Path(path)
     if not path.is_file():

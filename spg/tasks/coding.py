@@ -1,7 +1,7 @@
-"""What the coding tasks share: finding the program in a completion, its unit tests, rewards, the caged run.
+"""What the coding tasks share: data, prompts, rewards, and the run of a program against its tests.
 
-Each test is a text of its own that imports the program as `solution`, so that one that fails hides no
-other. What a test needs beside the function under test comes from the data set, never from the program.
+Each test is a text of its own that imports the program as `solution`, so that a failing test hides no other
+one. What a test needs besides the function under test comes from the data set, never from the program.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 from typing import Any, Literal
 
 from spg.core.errors import InputError
-from spg.core.examples import Chat, Example, Template
+from spg.core.examples import Chat, Example
 from spg.core.rules import Count, CountOrZero, Positive, checked
 from spg.sandbox.host import Cage, Outcome
 from spg.tasks.base import BaseTask
@@ -37,18 +37,29 @@ KODCODE = Published("KodCode/KodCode-Light-RL-10K", "train", ("question", "solut
 
 
 class Coding(BaseTask):
-    """Programs on demand, judged by unit tests in a cage; a subclass names the held-out data.
+    """Programs on demand, judged by unit tests in a cage. A subclass names the held-out data.
 
-    Trained on KodCode-Light-RL-10K. reward (paper, G.1): `format` 0.5 if the program stands in a ```python
-    block inside the answer tags, and `tests`, the fraction of unit tests passed; both 0 without such a
-    block anywhere. `released` is 0 too for a program that imports a module of `BLOCKED`; the paper describes
-    it, its code is not public. `intended` has no such list, the cage being the defence, but pays for the
-    format only where the program is Python.
-    path: file or folder with held-out rows, train_path: with KodCode's; without, the hub. prompt_file:
-    prompts of another code base. isolation, wall_seconds, memory_mb: of the cage; workers: runs at once, 0
-    for one a CPU. eval_size: held-out rows of each half that are used, None for all. A program of more than
-    `LONGEST` characters counts as no Python. Raises InputError for values that are not allowed, and where
-    code can't be walled in.
+    Training uses KodCode-Light-RL-10K. The reward has two parts (paper, G.1). `format` is 0.5 if the
+    program stands in a ```python block inside the answer tags. `tests` is the fraction of unit tests that
+    pass. Both are 0 without such a block anywhere. A program of more than `LONGEST` characters does not
+    count as Python.
+
+    Args:
+        reward: `intended` pays for the format only if the program is Python. `released` pays nothing for a
+            program that imports a module of `BLOCKED`: the paper describes it, but its code is not public.
+            `intended` has no such list, since the cage protects.
+        parser: `fenced`, the only one.
+        path: File or folder with held-out rows; None loads them from the hub.
+        train_path: File or folder with rows of KodCode; None loads them from the hub.
+        prompt_file: File with the prompts of another code base, with {question}.
+        isolation: Isolation of the cage; see `spg.sandbox.host.Cage`.
+        wall_seconds: Seconds for all tests of a program.
+        memory_mb: Memory of each process of a program.
+        workers: Number of programs to run at the same time; 0 is one for each CPU.
+        eval_size: Number of held-out rows of each half that are used; None uses all.
+
+    Raises:
+        ValueError: for values that are not allowed.
     """
 
     name: str
@@ -82,10 +93,11 @@ class Coding(BaseTask):
             workers=self.workers,
         )
         self._cage: Cage | None = None
-        # reward and measure ask for the same run
+        # reward and measure need the same run
         self._run = lru_cache(maxsize=4096)(self._run_anew)
 
     def load_rows(self, source: str) -> Sequence[Example]:
+        """Return the rows of `train` or `heldout` that have tests."""
         published = KODCODE if source == "train" else self.heldout
         option = "task.train_path" if source == "train" else "task.path"
         rows = load(published, self.paths[source], option)
@@ -98,7 +110,7 @@ class Coding(BaseTask):
             number, problem = problems[0]
             raise InputError(f"{self.name}, {source}, row {number}: {problem}")
         if problems:
-            # training can do without; a held-out set that is not whole would be another one
+            # training can do without these rows, but an incomplete held-out set would be another one
             log.warning(
                 "%d of %d training rows are left out, as row %d: %s", len(problems), len(rows), *problems[0]
             )
@@ -112,7 +124,7 @@ class Coding(BaseTask):
             return f"its tests can't be read: {error}"
 
     def kodcode(self, row: Mapping[str, Any]) -> Example:
-        """Return the example that a row of KodCode is; the question names what the tests will import."""
+        """Return the example of a row of KodCode; the question names what the tests will import."""
         question = str(row["question"]).rstrip()
         declared = signatures(row["solution"], imported_names(row["test"]))
         if declared:
@@ -120,11 +132,11 @@ class Coding(BaseTask):
         return {"question": question, "solution": row["solution"], "test": row["test"]}
 
     def example(self, row: Mapping[str, Any]) -> Example:
-        """Return the example that a held-out row is; raises InputError where it can't be used."""
+        """Return the example of a held-out row; raise InputError if the row cannot be used."""
         raise NotImplementedError
 
     def tests(self, example: Example) -> list[str]:
-        """Return an example's unit tests, a program text each; raises ValueError or SyntaxError without."""
+        """Return the unit tests of an example, each a program text; raise ValueError or SyntaxError."""
         return pytest_tests(example["test"], example["solution"])
 
     def prompt(self, example: Example) -> str | Chat:
@@ -136,15 +148,8 @@ class Coding(BaseTask):
             task, "the whole program, in one block that opens with ```python", example["question"]
         )
 
-    def demonstrations(self) -> Sequence[Example]:
-        return self.examples("train")
-
-    def template(self, example: Example) -> Template | None:
-        """Return None: completions are free."""
-        return None
-
     def target(self, example: Example) -> str:
-        """Return the reference solution in the published form, without reasoning."""
+        """Return the reference solution in the published form, with empty reasoning."""
         program = example["solution"].strip("\n")
         return f"<reasoning>\n</reasoning>\n<answer>\n```python\n{program}\n```\n</answer>\n"
 
@@ -156,30 +161,30 @@ class Coding(BaseTask):
         refused = refused or (self.reward_name == "released" and is_blocked(program or ""))
         if refused:
             return {"format": 0.0, "tests": 0.0}
-        # an answer that is never closed is no answer in the published form
+        # in the published form an answer must be closed
         well_formed = block is not None and CLOSE in completion.rpartition(OPEN)[2]
         if self.reward_name == "intended":
             well_formed = well_formed and bool(parse_program(block or "") and (block or "").strip())
         return {"format": 0.5 * well_formed, "tests": self.fraction(example, program)}
 
     def answer(self, example: Example, completion: str) -> str | None:
-        """Return the program that a completion holds, None where it holds none."""
+        """Return the program in a completion, or None if there is none."""
         return find_program(completion, example.get("entry_point"))
 
     def measure(self, example: Example, completion: str) -> dict[str, float]:
-        """Return accuracy (1 if all tests pass), and the fraction of `tests` that do."""
+        """Return `accuracy` (1 if all tests pass), and `tests`, the fraction that pass."""
         passed = self.fraction(example, self.answer(example, completion))
         return {"accuracy": float(passed == 1.0), "tests": passed}
 
     def fraction(self, example: Example, program: str | None) -> float:
-        """Return the fraction of an example's unit tests that a program passes."""
+        """Return the fraction of the unit tests of an example that a program passes."""
         if program is None:
             return 0.0
         passed = self._run(self.runnable(example, program), tuple(self.tests(example))).passed
         return sum(passed) / len(passed)
 
     def runnable(self, example: Example, program: str) -> str:
-        """Return the text to run for the program of a completion."""
+        """Return the program text to run for the program of a completion."""
         return program
 
     def _run_anew(self, program: str, tests: tuple[str, ...]) -> Outcome:
@@ -188,13 +193,13 @@ class Coding(BaseTask):
         return self.cage().run(program, tests)
 
     def cage(self) -> Cage:
-        """Return the cage that programs run in; raises InputError where code can't be walled in."""
+        """Return the cage in which programs run; raise InputError if this machine cannot isolate code."""
         if self._cage is None:
             self._cage = self._new_cage()
         return self._cage
 
     def example_of(self, record: Mapping[str, Any]) -> Example:
-        """Return the example that a line of saved generations tells of, by `example` or its `task_id`."""
+        """Return the example of a saved completion, by its `example` or its `task_id`."""
         example = record.get("example")
         if isinstance(example, Mapping) and {"question", "solution"} <= example.keys():
             return example

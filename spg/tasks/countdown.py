@@ -1,4 +1,4 @@
-"""Countdown: reach a target with given numbers, each used once (paper, G.1); problems, reward, parsers."""
+"""Countdown: make a target from given numbers, each used once (paper, G.1); rewards and parsers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from annotated_types import Interval
 
 from spg.core.errors import InputError
-from spg.core.examples import Chat, Example, Template
+from spg.core.examples import Chat, Example
 from spg.core.rules import Count, CountOrZero, Matches, Probability, Words, checked
 from spg.tasks.base import SPLITS, BaseTask, GeneratedSize, PromptStyle, Shots, check_split, select_half
 from spg.tasks.parsing.arithmetic import exact_value, python_value
@@ -27,7 +27,7 @@ from spg.tasks.problems.countdown import (
 )
 from spg.tasks.prompts import PromptFile, instruct
 
-# what the released scorers let through to be evaluated
+# texts that the released scorers evaluate
 PLAIN = re.compile(r"[\d+\-*/().\s]+\Z")
 DIGITS = re.compile(r"\d+")
 LATEX_OPERATORS = {r"\div": "/", r"\times": "*", r"\cdot": "*"}
@@ -35,28 +35,42 @@ OTHER_OPERATORS = {**LATEX_OPERATORS, "\u00d7": "*", "\u00f7": "/", "\u00b7": "*
 EXACT = re.compile(r"[0-9+\-*/()\s]+")
 EXPRESSION = frozenset("0123456789+-*/() ")
 VALUE = frozenset("0123456789. ")
-COPIES = 10  # of a training problem among the demonstrations
-MAX_DIGITS = 4300  # of a number that Python reads from a text
+COPIES = 10  # of each training problem among the demonstrations
+MAX_DIGITS = 4300  # of the longest number that Python reads from a text
 TOLERANCE = 1e-5  # of the released scorers
 
 
 class Countdown(BaseTask):
-    """Write an expression of the given numbers, each once, whose value is the target (paper, G.1).
+    """Write an expression with a given value that uses each given number exactly once (paper, G.1).
 
-    reward: `intended` is 1.0 for a right expression in the last answer tags, 0.1 for a wrong one of exactly
-    the given numbers, 0 otherwise; `released` is the authors', which gives 0.1 for whatever stands in the
-    tags and takes `2.3` for 2 and 3. parser: `exact` reads whole numbers, + - * / and parentheses in
-    fractions; `d1` and `spg` as the authors' evaluations, floats, `//` and `**` included.
-    prompt_style: `bare` is the numbers and the target, for models trained on this task; `instruct` a chat.
-    right_share: of the demonstrations, those that show a right solution; see `demonstrations`.
-    path: held-out problems, train_path: training problems, as files with the columns numbers, nums or input,
-    and target or output; train_path=hub takes the published ones of `numbers` numbers. Without, problems are
-    generated from the other settings, and none is one of the published 256. Raises ValueError for values out
-    of range.
+    Args:
+        reward: `intended` gives 1.0 for a right expression in the last answer tags, 0.1 for a wrong one
+            with exactly the given numbers, and 0 otherwise. `released` is the reward of the authors' code.
+            It gives 0.1 for anything in the tags, and takes `2.3` for the numbers 2 and 3.
+        parser: `exact` reads whole numbers, + - * / and parentheses, and computes with fractions. `d1` and
+            `spg` read as the authors' evaluations: with floats, `//` and `**`.
+        prompt_style: `bare` gives numbers and target only, for models trained on this task; `instruct` is a
+            chat.
+        prompt_file: File with the prompts of another code base, with {numbers} and {target}.
+        shots: Number of worked examples in an instruct prompt.
+        right_share: Share of the demonstrations that show a right solution; see `demonstrations`.
+        path: File with held-out problems. Its columns are numbers, nums or input, and target or output. None
+            generates problems, of which none is among the 256 published ones.
+        train_path: File with training problems, or `hub` for the published ones with `numbers` numbers. None
+            generates them.
+        numbers: Count of numbers of a generated problem.
+        max_number: Largest number of a generated problem.
+        max_target: Largest target of a generated problem.
+        operations: Operations of generated problems.
+        train_size: Number of generated training problems; fewer if there are no more.
+        eval_size: Number of generated problems of each of validation and test.
+        data_seed: Seed of the generated problems.
+
+    Raises:
+        ValueError: for values that are not allowed.
     """
 
     name = "countdown"
-    workers = 1
 
     @checked
     def __init__(
@@ -92,6 +106,7 @@ class Countdown(BaseTask):
         self._examples: dict[str, Sequence[Example]] = {}
 
     def examples(self, split: str) -> Sequence[Example]:
+        """Return the examples of a split, from a file or generated."""
         check_split(split)
         if split not in self._examples:
             self._examples[split] = self._load(split)
@@ -110,6 +125,7 @@ class Countdown(BaseTask):
         return make_problems(split, self.sizes[split], *self.shape, seed, self.operations)
 
     def prompt(self, example: Example) -> str | Chat:
+        """Return the prompt in the style of the task, or that of `prompt_file`."""
         if self.prompts is not None:
             return self.prompts(example)
         if self.prompt_style == "bare":
@@ -122,14 +138,13 @@ class Countdown(BaseTask):
             [(_question(shot), self._completion(shot)) for shot in SHOTS[: self.shots]],
         )
 
-    def template(self, example: Example) -> Template | None:
-        return None
-
     def target(self, example: Example) -> str:
-        """Return steps and an expression for the target, or for what a demonstration `shows` instead.
+        """Return steps and an expression for the target, or for the value that a demonstration `shows`.
 
-        A bare completion leaves out the last step, whose result is the target. Raises InputError where the
-        value can't be made.
+        A bare completion leaves out the last step, whose result is the target.
+
+        Raises:
+            InputError: if the value cannot be made.
         """
         if self.prompt_style == "instruct":
             return self._completion(example)
@@ -148,9 +163,10 @@ class Countdown(BaseTask):
         return f"<reasoning>\n{','.join(steps)}\n</reasoning>\n<answer>\n{expression}\n</answer>"
 
     def demonstrations(self) -> Sequence[Example]:
-        """Return training problems, each ten times, `right_share` of which show a right solution.
+        """Return training problems, each ten times; a share of `right_share` shows a right solution.
 
-        The others show that of another target of the same numbers: the form is learned, the task is not.
+        The others show the solution for another target of the same numbers. From them a model learns the
+        form but not the task.
         """
         problems = self.examples("train")
         rng = np.random.default_rng(self.data_seed)
@@ -167,6 +183,7 @@ class Countdown(BaseTask):
         return shown
 
     def reward(self, example: Example, completion: str) -> dict[str, float]:
+        """Return the one part `countdown`."""
         numbers, target = example["numbers"], example["target"]
         if self.reward_name == "released":
             return {"countdown": released_score(completion, numbers, target)}
@@ -177,10 +194,11 @@ class Countdown(BaseTask):
         return {"countdown": 1.0 if exact_value(expression) == target else 0.1}
 
     def answer(self, example: Example, completion: str) -> str | None:
+        """Return the expression that a completion answers with, or None."""
         if self.parser != "exact":
             return published_equation(completion)
         text = last_answer(completion)
-        if text is None:  # a box says where the answer is as well as tags do
+        if text is None:  # a box marks the answer as well as tags do
             text = box_content(completion)
         return None if text is None else expression_of(text)
 
@@ -201,6 +219,7 @@ class Countdown(BaseTask):
         return {"accuracy": float(right), "numbers_used": 1.0}
 
     def example_of(self, record: Mapping[str, Any]) -> Example:
+        """Return the example of a saved completion, of this project or in the authors' format."""
         if "example" in record:
             return problem_of(record["example"], "a line's `example`")
         truth = record.get("ground_truth")
@@ -212,7 +231,7 @@ class Countdown(BaseTask):
         )
 
 
-# worked examples of an instruct prompt
+# the worked examples of an instruct prompt
 SHOTS: tuple[Example, ...] = (
     {"numbers": [4, 6, 9], "target": 15},
     {"numbers": [8, 20, 25], "target": 40},
@@ -225,11 +244,11 @@ def _question(example: Example) -> str:
 
 
 def expression_of(text: str) -> str:
-    """Return an answer's expression: out of its box, with plain operators, without `= value` behind it."""
+    """Return the expression of an answer: without box, with plain operators, without `= value` at its end."""
     boxed = box_content(text)
     text = text if boxed is None else boxed
-    for written, plain in OTHER_OPERATORS.items():
-        text = text.replace(written, plain)
+    for sign, plain in OTHER_OPERATORS.items():
+        text = text.replace(sign, plain)
     return text.replace("$", "").partition("=")[0].strip()
 
 
@@ -239,7 +258,7 @@ def _uses(expression: str, numbers: Sequence[int]) -> bool:
 
 
 def _has_digits_of(text: str, numbers: Sequence[int]) -> bool:
-    """Return whether the runs of digits in a text are exactly these numbers, as the released scorers ask."""
+    """Return whether the runs of digits in a text are exactly these numbers, as in the released scorers."""
     found = list(itertools.islice(DIGITS.finditer(text), len(numbers) + 1))
     if len(found) != len(numbers) or any(len(run.group()) > MAX_DIGITS for run in found):
         return False
@@ -254,14 +273,14 @@ def _near(value: Any, target: float) -> bool:
 
 
 def published_value(equation: str) -> int | float | complex | None:
-    """Return the value that the authors' scorers give an equation, None where they give none."""
+    """Return the value that the authors' scorers compute for an equation, or None if they compute none."""
     return python_value(equation.strip()) if PLAIN.match(equation) else None
 
 
 def released_score(completion: str, numbers: Sequence[int], target: float) -> float:
-    """Return the released reward: 0 without answer tags, 1 for the target's value, else 0.1.
+    """Return the released reward: 0 without answer tags, 1 for the value of the target, else 0.1.
 
-    Where the authors' code would not end (9**9**9), 0.1.
+    It is 0.1 too for texts on which the authors' code would not end (9**9**9).
     """
     equation = last_answer(completion)
     if equation is None:
@@ -271,18 +290,18 @@ def released_score(completion: str, numbers: Sequence[int], target: float) -> fl
 
 
 def published_equation(completion: str) -> str:
-    """Return the equation that d1's and SPG's evaluations read: boxed, else in tags, else the whole text."""
+    """Return the equation that d1 and SPG evaluate: in a box, else in tags, else the whole text."""
     boxed = last_boxed(completion)
     if boxed is None:
         boxed = first_answer(completion)
     equation = completion if boxed is None else boxed
-    for written, plain in LATEX_OPERATORS.items():
-        equation = equation.replace(written, plain)
+    for sign, plain in LATEX_OPERATORS.items():
+        equation = equation.replace(sign, plain)
     return _before_equals(equation)
 
 
 def _before_equals(text: str) -> str:
-    """Return what stands before the first = between an expression and a number, else the text."""
+    """Return the text before the first = that stands between an expression and a number, else the text."""
     end = text.find("=")
     while end != -1:
         start = end

@@ -17,25 +17,27 @@ from spg.tasks.question_answering import Questions, are_equal, as_text, final_an
 COLUMNS = ("question", "answer")
 BOXED = re.compile(r"\\boxed\{([^}]*)\}")
 NUMBER = re.compile(r"-?\d+\.?\d*")
-# a bare number, once separators and units are taken off
+# a bare number, without separators and units
 PLAIN = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 DECORATION = re.compile(r"[,\s]|\\?[$%]")
-CALCULATION = re.compile(r"<<[^<>]*>>")  # notes for a calculator in the data set's solutions
+CALCULATION = re.compile(r"<<[^<>]*>>")  # notes for a calculator in the solutions of the data set
 
-# tags as the XML part counts them, and where the reasoning ends and the answer begins
+# the tags that the XML part counts, and the text between reasoning and answer
 TAGS = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
 BETWEEN = re.compile(r"</reasoning>\s*+<answer>")
 
 
 class GSM8K(Questions):
-    r"""Questions whose answers are numbers; see `Questions` for the settings.
+    r"""Questions whose answers are numbers; see `Questions` for the parameters.
 
-    The reward has five parts: `xml` (0.125 a right tag, less 0.001 a character behind the closing one),
-    `soft_format` 0.5, `strict_format` 0.5, `integer` 0.5, `correctness` 2.0. `intended` reads them so;
-    `released` differs in that the XML part also counts the answer's own characters, no format spans lines,
-    an integer is digits alone, and the answer must be the same text as the solution's, without a box.
-    Parsers: `d1` takes the first number in a box, else the last in answer tags; `spg` looks behind an
-    unclosed tag too, and in the whole text. To both, as published, 1,080 is the numbers 1 and 80.
+    The reward has five parts: `xml` (0.125 for each right tag, minus 0.001 for each character after the
+    closing one), `soft_format` 0.5, `strict_format` 0.5, `integer` 0.5, and `correctness` 2.0. This is
+    `intended`. `released` differs: the XML part also counts the characters of the answer, a format cannot
+    span lines, an integer has only digits, and the answer must be the same text as that of the solution,
+    without a box.
+
+    The parser `d1` takes the first number in a box, else the last one in answer tags. `spg` also looks
+    after an unclosed tag, and in the whole text. Both read 1,080 as the numbers 1 and 80, as published.
     """
 
     name = "gsm8k"
@@ -59,8 +61,9 @@ class GSM8K(Questions):
     )
 
     def example(self, row: Mapping[str, Any], where: str) -> Example:
+        """Return the example of a row; raise InputError if its answer ends in no number."""
         example = {column: None if row.get(column) is None else as_text(row[column]) for column in COLUMNS}
-        if _number(_truth(example) or "") is None:
+        if _number(_true_answer(example) or "") is None:
             raise InputError(
                 f"{where}: the answer {example['answer']!r} ends in no number; "
                 "expected a number, or a solution with `#### number` at its end"
@@ -68,15 +71,17 @@ class GSM8K(Questions):
         return example
 
     def boxes(self) -> bool:
-        r"""Return whether answers belong in \boxed{}: the released reward knows bare ones alone."""
+        r"""Return whether answers belong in \boxed{}: the released reward knows only bare answers."""
         return self.reward_name != "released"
 
     def target(self, example: Example) -> str:
+        """Return the solution of the data set in the published form."""
         worked, _, _ = example["answer"].partition("####")
-        return format_completion(CALCULATION.sub("", worked).strip(), _truth(example) or "")
+        return format_completion(CALCULATION.sub("", worked).strip(), _true_answer(example) or "")
 
     def reward(self, example: Example, completion: str) -> dict[str, float]:
-        truth = _truth(example)
+        """Return the five parts of the reward."""
+        truth = _true_answer(example)
         answer = completion.rpartition(OPEN)[2].partition(CLOSE)[0].strip()
         if self.reward_name == "released":
             counted, one_line = _tags(completion) - _characters_behind_tags(completion), True
@@ -95,13 +100,15 @@ class GSM8K(Questions):
         }
 
     def answer(self, example: Example, completion: str) -> str | None:
+        """Return the answer that the parser finds, or None."""
         if self.parser == "math_verify":
             return final_answer(completion)
         number = published_number(completion, self.parser)
         return None if number is None else repr(number)
 
     def measure(self, example: Example, completion: str) -> dict[str, float]:
-        answer, truth = self.answer(example, completion), _plain(_truth(example) or "")
+        """Return `accuracy`, and `parsed`: whether an answer was found."""
+        answer, truth = self.answer(example, completion), _plain(_true_answer(example) or "")
         if answer is None or truth is None:
             right = False
         elif self.parser == "math_verify":
@@ -111,8 +118,8 @@ class GSM8K(Questions):
         return {"accuracy": float(right), "parsed": float(answer is not None)}
 
 
-def _truth(example: Example) -> str | None:
-    """Return a question's final answer as its solution writes it; None where saved generations have none."""
+def _true_answer(example: Example) -> str | None:
+    """Return the final answer of a question as in its solution; None if saved generations have none."""
     answer = example["answer"]
     if answer is None:
         return None
@@ -121,10 +128,10 @@ def _truth(example: Example) -> str | None:
 
 
 def _plain(text: str) -> str | None:
-    """Return the number that a text is, bare or boxed, without separators, dollars, per cent; else None."""
+    """Return a text that is a number, bare or boxed, without separators, dollars and per cent; else None."""
     content = box_content(text)
     plain = DECORATION.sub("", text if content is None else content).rstrip(".")
-    # longer ones are no answers, and slow to read
+    # longer texts are not answers, and slow to read
     return plain if len(plain) <= 1000 and PLAIN.fullmatch(plain) else None
 
 
@@ -134,13 +141,13 @@ def _number(text: str) -> Fraction | None:
 
 
 def published_number(completion: str, parser: str) -> float | None:
-    r"""Return the number that the evaluation of d1 or of SPG reads in a completion, None where it finds none.
+    r"""Return the number that the evaluation of d1 or of SPG reads in a completion, or None if it finds none.
 
-    The first box on a line that holds a number counts, though it end at a first } within; else the first
-    answer; for `spg`, else what follows the last opening tag, or the text.
+    The first box with a number counts; a box ends at its first }. Else it is the first answer. For `spg` it
+    is else the text after the last opening tag, or the whole text.
     """
     for line in completion.split("\n"):
-        # without what follows its last }, a line is searched in time linear in its length
+        # up to its last }, the search of a line takes time linear in its length
         for content in BOXED.findall(line[: line.rfind("}") + 1]):
             number = _float(content, 0)
             if number is not None:
@@ -165,13 +172,13 @@ def _tags(text: str) -> float:
 
 
 def _characters_behind(text: str) -> float:
-    """Return what the XML part takes off: for what follows the closing tag and its newline."""
+    """Return the deduction of the XML part, for the text after the closing tag and its new line."""
     _, *behind = text.split(TAGS[3])
     return 0.001 * len(behind[0].removeprefix("\n")) if len(behind) == 1 else 0.0
 
 
 def _characters_behind_tags(text: str) -> float:
-    """Return what the released XML part takes off: for the answer too, the last tag with a character free."""
+    """Return the deduction of the released XML part, which counts the answer too."""
     opened, closed = (text.split(tag)[1:] for tag in TAGS[2:])
     taken = 0.001 * len(opened[0]) if len(opened) == 1 else 0.0
     return taken + (0.001 * (len(closed[0]) - 1) if len(closed) == 1 else 0.0)

@@ -17,15 +17,16 @@ COLUMNS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 
 
 class HumanEval(Coding):
-    """HumanEval's 164 functions; see `Coding` for the settings.
+    """The 164 functions of HumanEval; see `Coding` for the parameters.
 
-    A completion may give the whole function or, as the data set's own form is, only its body.
+    A completion may give the whole function, or only its body, as in the data set.
     """
 
     name = "humaneval"
     heldout = Published("openai/openai_humaneval", "test", COLUMNS)
 
     def example(self, row: Mapping[str, Any]) -> Example:
+        """Return the example of a row."""
         return {
             "task_id": row["task_id"],
             "question": row["prompt"],
@@ -35,22 +36,23 @@ class HumanEval(Coding):
         }
 
     def tests(self, example: Example) -> list[str]:
+        """Return the tests of `check`, one for each assertion."""
         if "entry_point" not in example:
             return super().tests(example)
         return tests_of_check(example["test"], example["question"], example["entry_point"])
 
     def runnable(self, example: Example, program: str) -> str:
-        """Return the program behind the prompt's imports and helpers, or, as a body, behind the prompt."""
+        """Return the program after the imports and helpers of the prompt; a body goes after the prompt."""
         if "entry_point" not in example:
             return program
         question, entry_point = example["question"], example["entry_point"]
         tree = parse_program(program)
         if tree and any(isinstance(s, ast.FunctionDef) and s.name == entry_point for s in tree.body):
-            first = "".join(FUTURE.findall(program))  # allowed at the very top alone
+            first = "".join(FUTURE.findall(program))  # allowed only at the very top
             return first + question.rpartition(f"def {entry_point}(")[0] + FUTURE.sub("", program)
-        # a body alone goes on to the first line that is the model's next idea, as in the published evaluation
+        # a body ends at the first line of something new, as in the published evaluation
         body = NEXT.split(program, maxsplit=1)[0] if INDENTED.match(program) else program
-        # as it stands, with its first line stripped, or without the body's indentation
+        # as it is, with its first line stripped, or without the indentation of a body
         forms = [
             form for p in (body, program) for form in (p, "    " + p.lstrip(), textwrap.indent(p, "    "))
         ]

@@ -14,14 +14,15 @@ from spg.tasks.question_answering import Questions, are_equal, as_text, final_an
 
 
 class Math500(Questions):
-    r"""Problems whose answers are expressions; see `Questions` for the settings.
+    r"""Problems whose answers are expressions; see `Questions` for the parameters.
 
     The reward has two parts: `correctness` 2.0 for the right answer in a box, and `format`: 1 for a box
-    between answer tags, 0.75 for tags, 0.5 for a box, 0.25 for neither. `intended` reads them so, and takes
-    equal expressions by math-verify too; `released` looks for a misspelt box in the format, takes what
-    follows "\boxed ", or a whole text without a box, for the answer, and compares by the data's rule alone.
-    Parsers: `d1` and `spg` are one, the last box, else the first answer tags, compared by that rule.
-    Rows have the columns problem and solution, or answer for the final answer alone.
+    between answer tags, 0.75 for tags, 0.5 for a box, 0.25 for neither. `intended` also accepts expressions
+    that are equal by math-verify. `released` looks for a misspelt box in the format, takes the text after
+    "\boxed " (or a whole text without a box) for the answer, and compares by the rule of the data set only.
+
+    The parsers `d1` and `spg` are the same: the last box, else the first answer tags, compared by that
+    rule. Rows have the column problem, and solution or (for the final answer only) answer.
     """
 
     name = "math500"
@@ -52,10 +53,11 @@ class Math500(Questions):
     )
 
     def example(self, row: Mapping[str, Any], where: str) -> Example:
+        """Return the example of a row; raise InputError if it has no answer."""
         columns = ("problem", "solution", "answer")
-        # an answer may be the number 0
+        # the number 0 is an answer
         example = {name: as_text(row[name]) for name in columns if row.get(name) not in (None, "")}
-        if _truth(example) is None:
+        if _true_answer(example) is None:
             raise InputError(
                 f"{where}: no answer in the columns {', '.join(map(str, row))}; "
                 r"expected `answer`, or `solution` with the answer in its last \boxed{...}"
@@ -63,19 +65,22 @@ class Math500(Questions):
         return example
 
     def target(self, example: Example) -> str:
-        truth = _truth(example) or ""
+        """Return the solution of the data set in the published form."""
+        truth = _true_answer(example) or ""
         return format_completion(example.get("solution", truth), truth)
 
     def reward(self, example: Example, completion: str) -> dict[str, float]:
+        """Return the two parts of the reward."""
         if self.reward_name == "released":
             answer = last_boxed(completion)
-            right = is_equiv(completion if answer is None else answer, _released_truth(example))
+            right = is_equiv(completion if answer is None else answer, _released_answer(example))
             return {"correctness": 2.0 * right, "format": boxed_in_answer(completion, SLIP)}
-        answer, truth = box_content(completion), _truth(example)
+        answer, truth = box_content(completion), _true_answer(example)
         right = answer is not None and truth is not None and are_equal(truth, answer)
         return {"correctness": 2.0 * right, "format": boxed_in_answer(completion)}
 
     def answer(self, example: Example, completion: str) -> str | None:
+        """Return the answer that the parser finds, or None."""
         if self.parser == "math_verify":
             return final_answer(completion)
         boxed = last_boxed(completion)
@@ -83,19 +88,20 @@ class Math500(Questions):
         return boxed if tagged is None else tagged
 
     def measure(self, example: Example, completion: str) -> dict[str, float]:
-        answer, truth = self.answer(example, completion), _truth(example)
+        """Return `accuracy`, and `parsed`: whether an answer was found."""
+        answer, truth = self.answer(example, completion), _true_answer(example)
         same = are_equal if self.parser == "math_verify" else is_equiv
         right = answer is not None and truth is not None and same(truth, answer)
         return {"accuracy": float(right), "parsed": float(answer is not None)}
 
 
-def _truth(example: Example) -> str | None:
-    r"""Return a problem's final answer: `answer`, or what the last \boxed{...} of `solution` holds."""
+def _true_answer(example: Example) -> str | None:
+    r"""Return the final answer of a problem: `answer`, or the content of the last box of `solution`."""
     if example.get("answer") is not None:
         return example["answer"]
     return box_content(example.get("solution", "")) or None
 
 
-def _released_truth(example: Example) -> str | None:
-    """Return the answer as the released reward reads it; None where that fails."""
+def _released_answer(example: Example) -> str | None:
+    """Return the answer as the released reward reads it, or None if that fails."""
     return last_boxed(example["solution"]) if "solution" in example else example["answer"]

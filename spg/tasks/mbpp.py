@@ -15,15 +15,16 @@ COLUMNS = ("task_id", "text", "code", "test_list")
 
 
 class MBPP(Coding):
-    """MBPP's 500 test problems; see `Coding` for the settings.
+    """The 500 test problems of MBPP; see `Coding` for the parameters.
 
-    The prompt shows the assertions, which alone say how the function is to be called.
+    The prompt shows the assertions, since only they say how the function is called.
     """
 
     name = "mbpp"
     heldout = Published("google-research-datasets/mbpp", "test", COLUMNS, "full")
 
     def example(self, row: Mapping[str, Any]) -> Example:
+        """Return the example of a row; raise InputError if it has no list of assertions."""
         tests = row["test_list"]
         if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
             raise InputError(
@@ -39,6 +40,7 @@ class MBPP(Coding):
         }
 
     def tests(self, example: Example) -> list[str]:
+        """Return the assertions, each as a test with the imports that it needs."""
         if "test_list" not in example:
             return super().tests(example)
         texts = [f"{example['test_setup_code']}\n{test}\n" for test in example["test_list"]]

@@ -27,11 +27,14 @@ def tokens_key(side: str) -> str:
 
 
 class Preferences:
-    """A task whose training examples are the pairs of a file; all else is the task's own.
+    """A task whose training examples are the pairs of a file. Everything else comes from another task.
 
-    path: JSON lines. A pair's reward is 1 for the chosen completion and 0 for the rejected one, whatever
-    their texts, so that the advantage over the group's mean is +-0.5. Asked for the pairs, it raises
-    InputError, naming file and line, where the file or a line can't be used.
+    The reward of the chosen completion is 1 and that of the rejected one is 0, whatever the texts, so that
+    the advantage over the group mean is +-0.5.
+
+    Args:
+        task: The task that the pairs belong to.
+        path: A file of JSON lines.
     """
 
     # for the configuration check: see spg.config.parts
@@ -47,47 +50,51 @@ class Preferences:
         self._pairs: list[Example] = []
 
     def examples(self, split: str) -> Sequence[Example]:
-        """Return the pairs for `train`, the task's own examples for other splits."""
+        """Return the pairs for `train`, and the examples of the task for other splits.
+
+        Raises:
+            InputError: if the file or a line cannot be used; the message names both.
+        """
         if split != "train":
             return self.task.examples(split)
         self._pairs = self._pairs or self._read()
         return self._pairs
 
     def prompt(self, example: Example) -> str | Chat:
-        """Return the prompt that a pair was recorded with; that of the task for its own examples."""
+        """Return the recorded prompt of a pair, and the prompt of the task for its own examples."""
         prompt: str | Chat = example["prompt"] if _is_pair(example) else self.task.prompt(example)
         return prompt
 
     def template(self, example: Example) -> Template | None:
-        """Return the task's template; for a pair, that of its `example`, None where it has none."""
+        """Return the template of the task; for a pair that of its `example`, or None without one."""
         if not _is_pair(example):
             return self.task.template(example)
         return None if example["example"] is None else self.task.template(example["example"])
 
     def demonstrations(self) -> Sequence[Example]:
-        """Return the task's own."""
+        """Return the demonstrations of the task."""
         return self.task.demonstrations()
 
     def target(self, example: Example) -> str:
-        """Return the task's own."""
+        """Return the target of the task."""
         return self.task.target(example)
 
     def reward(self, example: Example, completion: str) -> dict[str, float]:
-        """Return 1 for a chosen completion, 0 for a rejected one; `Recorded` notes which it is."""
+        """Return 1 for a chosen completion and 0 for a rejected one, by the `side` that `Recorded` adds."""
         if not _is_pair(example):
             return self.task.reward(example, completion)
         return {"preferred": float(example["side"] == SIDES[0])}
 
     def answer(self, example: Example, completion: str) -> str | None:
-        """Return the task's own."""
+        """Return the answer that the task finds."""
         return self.task.answer(example, completion)
 
     def measure(self, example: Example, completion: str) -> dict[str, float]:
-        """Return the task's own."""
+        """Return the measures of the task."""
         return self.task.measure(example, completion)
 
     def example_of(self, record: Mapping[str, Any]) -> Example:
-        """Return the task's own."""
+        """Return the example of the task."""
         return self.task.example_of(record)
 
     def _read(self) -> list[Example]:
@@ -105,21 +112,21 @@ class Preferences:
                 except InputError as error:
                     raise InputError(f"{self.path}, line {number}: {error}") from error
         if not pairs:
-            raise InputError(f"preferences.path={self.path} has no lines; give a file with a pair a line")
+            raise InputError(f"preferences.path={self.path} has no lines; give a file with one pair per line")
         return pairs
 
     def _pair(self, text: str) -> dict[str, Any]:
-        """Return the pair of a line; raises InputError with what is missing."""
+        """Return the pair of a line; raise InputError if something is missing."""
         try:
             line = json.loads(text)
         except ValueError as error:
-            raise InputError(f"no JSON ({error}); expected an object a line") from error
+            raise InputError(f"not JSON ({error}); expected one object per line") from error
         if not isinstance(line, dict):
-            raise InputError("no object; expected an object a line")
+            raise InputError("not an object; expected one object per line")
         missing = [key for key in ("prompt", *SIDES) if key not in line]
         if missing:
             raise InputError(
-                f"no {', no '.join(missing)}; a pair has prompt, chosen and rejected, the line has "
+                f"no {', no '.join(missing)}; a pair has prompt, chosen and rejected; the line has "
                 f"{', '.join(line) or 'nothing'}"
             )
         prompt = line["prompt"]
@@ -132,18 +139,18 @@ class Preferences:
             if not isinstance(line[side], str):
                 raise InputError(f"`{side}` is {json.dumps(line[side])[:80]}; expected the completion's text")
         if line["chosen"] == line["rejected"]:
-            raise InputError("`chosen` and `rejected` are the same text, which prefers nothing; leave it out")
+            raise InputError(
+                "`chosen` and `rejected` are the same text, so neither is preferred; leave it out"
+            )
         example = None
         if line.get("example") is not None:
             example = dict(self.task.example_of(line))
         elif self.task.template(self.task.examples("validation")[0]) is not None:
-            raise InputError(
-                f"no example; {self.name} asks with a template, which follows from the task's own `example`"
-            )
+            raise InputError(f"no example; {self.name} has a template, which follows from its `example`")
         ids = {key: line[key] for key in map(tokens_key, SIDES) if line.get(key) is not None}
         for key, value in ids.items():
             if not isinstance(value, list) or not all(type(token) is int for token in value):
-                raise InputError(f"`{key}` is no list of whole numbers; leave it out, or give token ids")
+                raise InputError(f"`{key}` is not a list of whole numbers; leave it out, or give token ids")
         return (
             {"prompt": prompt, "chosen": line["chosen"], "rejected": line["rejected"]}
             | ids

@@ -1,4 +1,4 @@
-"""Prompts in words: the answer's published form, and prompts that a user gives in a file."""
+"""Prompts in words: the published form of an answer, and prompts from a file of the user."""
 
 from __future__ import annotations
 
@@ -17,21 +17,32 @@ TAGS = (
 
 
 def instruct(task: str, what: str, question: str, shots: Sequence[tuple[str, str]] = ()) -> Chat:
-    """Return a one-message chat: the task, the answer's form, worked (question, completion)s, the question.
+    """Return a chat with one message: the task, the form of the answer, worked examples, the question.
 
-    what: names in words what belongs between the answer tags.
+    Args:
+        task: What to do, in words.
+        what: What belongs between the answer tags, in words.
+        question: The question.
+        shots: Worked examples, as (question, completion).
     """
     parts = [f"{task}\n{TAGS.format(what=what)}"]
-    parts += [f"Example {n}\n{asked}\n{told}" for n, (asked, told) in enumerate(shots, start=1)]
+    parts += [f"Example {n}\n{asked}\n{answered}" for n, (asked, answered) in enumerate(shots, start=1)]
     return [{"role": "user", "content": "\n\n".join([*parts, question])}]
 
 
 class PromptFile:
-    """Prompts of another code base: a text, or a chat in JSON, with an example's columns in braces.
+    """Prompts of another code base: a text, or a chat in JSON, with the columns of an example in braces.
 
-    A .json file holds a list of {"role", "content"}; an assistant's message at the end opens the completion.
-    Any other file is the text of one user message. `{question}` stands for the example's column of that
-    name; braces around anything else stay. Raises InputError where the file can't be used.
+    A .json file holds a list of {"role", "content"}; a last message of the assistant opens the completion.
+    Any other file is the text of one user message. `{question}` stands for the column of that name; braces
+    around anything else stay.
+
+    Args:
+        path: The file.
+        columns: Columns of an example that may be named in braces.
+
+    Raises:
+        InputError: if the file cannot be used.
     """
 
     def __init__(self, path: str, columns: Sequence[str]) -> None:
@@ -45,7 +56,7 @@ class PromptFile:
             try:
                 messages = json.loads(text)
             except ValueError as error:
-                raise InputError(f"task.prompt_file={path} is no JSON: {error}") from error
+                raise InputError(f"task.prompt_file={path} is not JSON: {error}") from error
         if not _is_chat(messages):
             raise InputError(
                 f"task.prompt_file={path}: expected a list of objects with role "
@@ -53,22 +64,22 @@ class PromptFile:
             )
         if not any(f"{{{column}}}" in message["content"] for message in messages for column in columns):
             raise InputError(
-                f"task.prompt_file={path} names no column, so that all prompts would be equal; this task has "
+                f"task.prompt_file={path} names no column, so all prompts would be equal; this task has "
                 + ", ".join(f"{{{column}}}" for column in columns)
             )
         self.messages: Chat = messages
         self.columns = tuple(columns)
 
     def __call__(self, example: Example) -> Chat:
-        """Return the chat with the example's values in place."""
-        return [{**m, "content": self._filled(m["content"], example)} for m in self.messages]
+        """Return the chat with the values of the example in place."""
+        return [{**m, "content": self._fill(m["content"], example)} for m in self.messages]
 
-    def _filled(self, text: str, example: Example) -> str:
-        # piece by piece, so that a value with braces is not filled in again
+    def _fill(self, text: str, example: Example) -> str:
+        # piece by piece, so that braces in a value are left alone
         for column in self.columns:
             mark = f"{{{column}}}"
             if mark in text:
-                return str(example[column]).join(self._filled(piece, example) for piece in text.split(mark))
+                return str(example[column]).join(self._fill(piece, example) for piece in text.split(mark))
         return text
 
 

@@ -1,4 +1,4 @@
-"""What tasks of published questions, each with one answer, share: data, prompts, the robust parser."""
+"""What tasks with published questions and one answer each share: data, prompts, the robust parser."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spg.core.errors import InputError
-from spg.core.examples import Chat, Example, Template
+from spg.core.examples import Chat, Example
 from spg.core.rules import Count, checked
 from spg.tasks.base import BaseTask, Shots
 from spg.tasks.datasets import Published, files_of, load
@@ -20,31 +20,39 @@ from spg.tasks.prompts import PromptFile, instruct
 
 log = logging.getLogger(__name__)
 
-# what a tokenizer may leave in a text at the completion's end
+# end-of-text tokens that may be left in the text of a completion
 ENDS = ("<|eot_id|>", "<|endoftext|>")
-# rows of a file of training rows alone that are held out, at most a quarter of it
+# rows that are held out of a file with training rows only, at most a quarter of it
 HELD_OUT = 512
 UNBOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
 class Questions(BaseTask):
-    """Questions in words, answered freely; a subclass names the data and owns rewards and correctness.
+    """Questions in words with free answers. A subclass has the data, the rewards and the comparison.
 
-    reward: `intended`, or `released`, which is the authors' number for number. parser: `math_verify`, or `d1`
-    or `spg`, the rules of these projects' evaluations. path: file or folder with held-out rows, train_path:
-    with training rows (a folder at `path` may hold both); without, the published data from the hub. A file at
-    `path` that is named as the training split serves for both: its last `HELD_OUT` rows, at most a quarter,
-    are held out, whatever else is set. eval_size: held-out rows of each half that are used, None for all.
-    prompt_file: prompts of another code base. shots: worked examples in a prompt. Raises ValueError for
-    values out of range.
+    Without `path` and `train_path` the published data come from the hub. A file at `path` with the name of
+    the training split serves both purposes: its last `HELD_OUT` rows, at most a quarter, are held out,
+    whatever the other parameters are.
+
+    Args:
+        reward: `intended`, or `released`, which equals the authors' reward number for number.
+        parser: `math_verify`, or `d1` or `spg`, the rules of the evaluations of these projects.
+        path: File with held-out rows, or a folder with held-out and maybe training rows.
+        train_path: File or folder with training rows.
+        prompt_file: File with the prompts of another code base.
+        shots: Number of worked examples in a prompt.
+        eval_size: Number of held-out rows of each half that are used; None uses all.
+
+    Raises:
+        ValueError: for values that are not allowed.
     """
 
     name: str
     train: Published
     heldout: Published
-    column: str  # what the data set calls a question
+    column: str  # name of the question's column in the data set
     instruction: str
-    worked: tuple[tuple[str, str], ...]  # questions and completions of our own
+    worked: tuple[tuple[str, str], ...]  # (question, completion) pairs, written for this project
 
     @checked
     def __init__(
@@ -66,6 +74,7 @@ class Questions(BaseTask):
         self.prompts = None if prompt_file is None else PromptFile(prompt_file, (self.column,))
 
     def load_rows(self, source: str) -> Sequence[Example]:
+        """Return the rows of `train` or `heldout`, from files or the hub."""
         first = 1  # number of the first row in its file
         if self._serves_both():
             rows = load(self.train, self.path, "task.path")
@@ -83,7 +92,7 @@ class Questions(BaseTask):
             folder = None if self.path is None else Path(self.path)
             if path is None and folder is not None and folder.is_dir() and files_of(folder, self.train.split):
                 path = self.path
-            # both ways, where neither is taken yet: else the held-out rows would be missed next
+            # name both options if neither is given: the held-out rows are missing too
             neither = path is None and folder is None
             both = "task.path=<folder with train.* and test.*> or task.train_path"
             rows = load(self.train, path, both if neither else "task.train_path")
@@ -94,18 +103,18 @@ class Questions(BaseTask):
         ]
 
     def _serves_both(self) -> bool:
-        """Return whether `path` is a file of training rows, by its name, and no others are given."""
+        """Return whether `path` is a file named as the training split, and no `train_path` is given."""
         file = None if self.path is None or self.train_path is not None else Path(self.path)
         return file is not None and file.is_file() and file in files_of(file.parent, self.train.split)
 
     def example(self, row: Mapping[str, Any], where: str) -> Example:
-        """Return the example that a row is; raises InputError, naming `where`, if it has no answer."""
+        """Return the example of a row; raise InputError, with `where` in its message, if it has no answer."""
         raise NotImplementedError
 
     def prompt(self, example: Example) -> str | Chat:
         """Return the chat of `prompt_file`, or one that asks for the answer between answer tags.
 
-        It is asked for in a box, unless the reward gives nothing for one.
+        The answer belongs in a box, unless the reward gives nothing for a box.
         """
         if self.prompts is not None:
             return self.prompts(example)
@@ -113,29 +122,26 @@ class Questions(BaseTask):
             what, worked = r"only the final answer, in \boxed{}", self.worked
         else:
             what = "only the final answer"
-            worked = tuple((asked, UNBOXED.sub(r"\1", told)) for asked, told in self.worked)
+            worked = tuple((asked, UNBOXED.sub(r"\1", answered)) for asked, answered in self.worked)
         return instruct(self.instruction, what, example[self.column], worked[: self.shots])
 
     def boxes(self) -> bool:
         r"""Return whether answers belong in \boxed{}."""
         return True
 
-    def demonstrations(self) -> Sequence[Example]:
-        return self.examples("train")
-
-    def template(self, example: Example) -> Template | None:
-        """Return None: completions are free."""
-        return None
-
     def example_of(self, record: Mapping[str, Any]) -> Example:
-        """Return the example that a line of saved generations tells of; raises InputError without one."""
+        """Return the example of a saved completion.
+
+        Raises:
+            InputError: if the line has none.
+        """
         where = f"a saved completion of {self.name}"
         row = record.get("example")
         if row is None and isinstance(record.get("question"), str) and "ground_truth" in record:
             truth = record["ground_truth"]
             row = {self.column: record["question"], "answer": None if truth is None else as_text(truth)}
         if isinstance(row, Mapping) and isinstance(row.get(self.column), str):
-            # two of d1's lines know no answer; they count, and nothing is right
+            # two lines of d1's files have no answer; they count, and no completion is right
             return row if row.get("answer", "") is None else self.example(row, where)
         raise InputError(
             f"{where} needs `example` with `{self.column}`, or `question` and `ground_truth`; "
@@ -144,20 +150,20 @@ class Questions(BaseTask):
 
 
 def as_text(value: Any) -> str:
-    """Return a value as text, numbers of whole value as the data sets write them."""
+    """Return a value as text; a whole number has no decimal point, as in the data sets."""
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def format_completion(reasoning: str, answer: str) -> str:
-    """Return a completion in the published form."""
+    """Return a completion in the published form: reasoning, then a boxed answer."""
     return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n\\boxed{{{answer}}}\n</answer>\n"
 
 
 def final_answer(completion: str) -> str | None:
-    r"""Return the answer that a completion ends in, whatever its form; None where it gives none.
+    r"""Return the final answer of a completion in any form, or None if there is none.
 
-    That is what follows the last opening answer tag, its last box if there is one, even a spoilt one as
-    "\boxed{36>"; without such a tag or with nothing behind it, the last \boxed{...} of the text.
+    It is the text after the last opening answer tag: the last box there, even a broken one such as
+    "\boxed{36>". Without such a tag, or with nothing after it, it is the last \boxed{...} of the text.
     """
     _, opened, inside = completion.rpartition(OPEN)
     for end in (CLOSE, *ENDS):
@@ -167,7 +173,7 @@ def final_answer(completion: str) -> str | None:
 
 
 def _unboxed(text: str) -> str:
-    """Return a text without a box that does not close, or that has lost its backslash."""
+    """Return a text without a broken box: one that is not closed, or has lost its backslash."""
     _, spoilt, content = text.rpartition("boxed{")
     if spoilt:
         content = content.rstrip("> ")
@@ -177,5 +183,5 @@ def _unboxed(text: str) -> str:
 
 
 def are_equal(gold: str, answer: str) -> bool:
-    """Return whether two answers are the same as text or by math-verify; False where that takes too long."""
+    """Return whether two answers are equal as text or by math-verify; False if that takes too long."""
     return is_equiv(gold, answer) or verify(gold, answer)

@@ -30,7 +30,7 @@ from spg.tasks.prompts import PromptFile
 
 TAG = re.compile(r"</?(?:answer|reasoning)>")
 
-# where the authors' evaluations look for a grid; each pattern is searched in time linear in the text
+# where the authors' evaluations look for a grid; the time of each search is linear in the length of the text
 END = re.compile(r"<\|eot_id\|>|<\|endoftext\|>")
 FENCED = re.compile(r"```([\d\s]++)```")
 CLOSED = re.compile(r"(\d{16})\s*+</answer>")
@@ -40,7 +40,7 @@ QUESTION = re.compile(r"Sudoku puzzle: ([0-9]{16})")
 
 
 def _after(cell: int) -> str:
-    """Return what a template writes after a cell: a line for each row, a space between the boxes."""
+    """Return the separator after a cell in a template: a new line after a row, a space between the boxes."""
     return "\n" if cell % 4 == 3 else " " if cell % 4 == 1 else ""
 
 
@@ -50,25 +50,34 @@ EmptyCells = Annotated[int, Interval(ge=1, le=12)]
 class Sudoku(BaseTask):
     """Fill a 4x4 grid so that each row, column and 2x2 box holds 1 to 4 once (paper, G.1).
 
-    format: `template` gives the grid with its clues in place, four lines with a space between the
-    boxes (24 tokens where each character is one), and only empty cells are decoded; `completion`
-    asks for all 16 digits after the puzzle, as in the paper.
-    reward: `intended` is the fraction of empty cells filled as in the solution, 0 if a clue was
-    changed; `released` is the published one, blind to changed clues; `rules` is 0 if a clue was
-    changed or the grid is not 16 digits, else the fraction of empty cells whose digit is in range
-    and unlike every other in its row, column and box: 1 for any valid completion.
-    parser: `exact` reads a completion in the form that was asked for; `d1` and `spg`, which are one,
-    look for a grid as these projects' evaluations do.
-    prompt_style: `bare` shows the puzzle alone, for models trained on this task; `instruct` is a chat
-    with the rules, `shots` worked examples and the answer tags, for instruction-tuned models, whose
-    text prompt_file may replace.
-    path: CSV with the columns Puzzle,Solution. Its rows go to the split of their solution; a split
-    that it has no rows for is generated. min_empty, max_empty, train_size, eval_size and data_seed
-    shape the generated puzzles. Raises ValueError for values out of range.
+    Args:
+        format: `template` gives the grid with its clues in place, in four lines with a space between the
+            boxes (24 tokens if each character is one), and only empty cells are decoded. `completion` asks
+            for all 16 digits after the puzzle, as in the paper.
+        reward: `intended` is the fraction of empty cells that are filled as in the solution, and 0 if a
+            clue was changed. `released` is the published reward, which ignores changed clues. `rules` is 0
+            if a clue was changed or the grid does not have 16 digits; else it is the fraction of empty
+            cells whose digit is allowed and differs from all others in its row, column and box, so 1 for
+            any valid grid.
+        parser: `exact` reads a completion in the form that was asked for. `d1` and `spg`, which are the
+            same, look for a grid as the evaluations of these projects do.
+        prompt_style: `bare` shows the puzzle only, for models trained on this task. `instruct` is a chat
+            with the rules, worked examples and the answer tags, for instruction-tuned models.
+        prompt_file: File with an instruct prompt of another code base, with {puzzle}.
+        shots: Number of worked examples in an instruct prompt.
+        path: CSV file with the columns Puzzle,Solution. Its rows go to the split of their solution; a split
+            without rows in the file is generated.
+        min_empty: Fewest empty cells of a generated puzzle.
+        max_empty: Most empty cells of a generated puzzle.
+        train_size: Number of generated training puzzles.
+        eval_size: Number of generated puzzles of each of validation and test.
+        data_seed: Seed of the generated puzzles.
+
+    Raises:
+        ValueError: for values that are not allowed.
     """
 
     name = "sudoku"
-    workers = 1
     # for the configuration check: see spg.config.parts
     ordered = (("min_empty", "max_empty"),)
 
@@ -107,6 +116,7 @@ class Sudoku(BaseTask):
         self._examples: dict[str, list[Example]] = {}
 
     def examples(self, split: str) -> Sequence[Example]:
+        """Return the examples of a split, from a file or generated."""
         if split == "heldout":
             return [*self.examples("validation"), *self.examples("test")]
         check_split(split)
@@ -123,16 +133,15 @@ class Sudoku(BaseTask):
         return make_puzzles(solutions_of(split), self.sizes[split], *self.empty, seed)
 
     def prompt(self, example: Example) -> str | Chat:
+        """Return the prompt in the style of the task, or that of `prompt_file`."""
         if self.prompts is not None:
             return self.prompts(example)
         if self.prompt_style == "instruct":
             return instruct_prompt(example["puzzle"], self.shots)
         return "<answer>" if self.format == "template" else example["puzzle"] + "<answer>"
 
-    def demonstrations(self) -> Sequence[Example]:
-        return self.examples("train")
-
     def template(self, example: Example) -> Template | None:
+        """Return the grid with its clues in place, or None with format=completion."""
         if self.format == "completion":
             return None
         opening, closing = ("<answer>\n", "</answer>") if self.prompt_style == "instruct" else ("", "")
@@ -142,6 +151,7 @@ class Sudoku(BaseTask):
         return tuple(part for part in [*parts, closing] if part)
 
     def target(self, example: Example) -> str:
+        """Return the solved grid in the form that was asked for."""
         if self.format == "template":
             grid = "".join(digit + _after(cell) for cell, digit in enumerate(example["solution"]))
         else:
@@ -149,17 +159,18 @@ class Sudoku(BaseTask):
         return f"<answer>\n{grid}</answer>" if self.prompt_style == "instruct" else grid
 
     def reward(self, example: Example, completion: str) -> dict[str, float]:
+        """Return the one part `cells` or `rules`."""
         if self.reward_name == "released":
             return {"cells": score_cells(example, self._released_answer(completion))}
         answer = self._exact_answer(completion)
         if self.reward_name == "rules":
             return {"rules": score_rules(example, answer)}
-        # a template gives the clues: there, only a text that is shifted could seem to change one
+        # a template gives the clues, so only a shifted text could seem to change one
         kept = self.format == "template" or clues_intact(example, answer)
         return {"cells": score_cells(example, answer) if kept else 0.0}
 
     def measure(self, example: Example, completion: str) -> dict[str, float]:
-        """Return accuracy (fraction of empty cells right), solved and clues intact (0 or 1 each)."""
+        """Return `accuracy` (fraction of empty cells right), `solved` and `clues_intact` (0 or 1 each)."""
         answer = self._read(completion)
         return {
             "accuracy": score_cells(example, answer),
@@ -168,6 +179,7 @@ class Sudoku(BaseTask):
         }
 
     def answer(self, example: Example, completion: str) -> str | None:
+        """Return the digits that a completion answers with, or None if there are none."""
         return self._read(completion) or None
 
     def _read(self, completion: str) -> str:
@@ -176,9 +188,8 @@ class Sudoku(BaseTask):
     def _exact_answer(self, completion: str) -> str:
         """Return the 16 cells that a completion answers with.
 
-        Instructed models answer between the last answer tags; from them and from a free completion
-        the digits are taken. In a bare template a cell's place is known: `?` stands for one that
-        holds no digit, and the others stay in place.
+        Instructed models answer between the last answer tags. Their digits count, and those of a free
+        completion. In a bare template the place of a cell is known: `?` stands for a cell without a digit.
         """
         if self.prompt_style == "instruct":
             head, _, _ = completion.rpartition(CLOSE)
@@ -197,6 +208,7 @@ class Sudoku(BaseTask):
         return self._exact_answer(completion)
 
     def example_of(self, record: Mapping[str, Any]) -> Example:
+        """Return the example of a saved completion, of this project or in the authors' format."""
         row = record.get("example")
         if row is None:
             question = str(record.get("question", ""))
@@ -218,15 +230,15 @@ def _digits(text: str) -> str:
 
 
 def published_grid(completion: str) -> str:
-    """Return the 16 characters that the evaluations of d1 and SPG take for the grid, "" where they find none.
+    """Return the 16 characters that the evaluations of d1 and SPG take for the grid, or "" if they find none.
 
-    Looked for in turn: digits in a code block behind an opening answer tag; what stands in the first tags;
-    behind them; 16 digits before a closing tag; 16 digits alone.
+    They look in turn for digits in a code block after an opening answer tag, the content of the first tags,
+    the text after them, 16 digits before a closing tag, and 16 digits alone.
     """
     _, opened, inside = completion.partition(OPEN)
     _, closed, behind = completion.partition(CLOSE)
     fenced = FENCED.search(inside)
-    # an end of text ends an answer as a tag does
+    # an end-of-text token ends an answer as a tag does
     ended = opened and (CLOSE in inside or END.search(inside))
     found = (
         fenced[1] if fenced else "",
@@ -239,19 +251,19 @@ def published_grid(completion: str) -> str:
 
 
 def clues_intact(example: Example, answer: str) -> bool:
-    """Return whether none of the clues that an answer, which may be cut off, gets to is changed."""
+    """Return whether an answer, which may be cut off, keeps all clues that it reaches."""
     return all(p in ("0", a) for p, a in zip(example["puzzle"], answer, strict=False))
 
 
 def score_cells(example: Example, answer: str) -> float:
-    """Return the fraction of empty cells filled as in the solution; 0 for a puzzle without any."""
+    """Return the fraction of empty cells that are filled as in the solution; 0 without empty cells."""
     empty = [i for i, digit in enumerate(example["puzzle"]) if digit == "0"]
     right = sum(answer[i : i + 1] == example["solution"][i] for i in empty)
     return right / len(empty) if empty else 0.0
 
 
 def score_rules(example: Example, answer: str) -> float:
-    """Return the fraction of empty cells that break no rule; 0 if clues or length are wrong."""
+    """Return the fraction of empty cells that break no rule; 0 if a clue or the length is wrong."""
     puzzle = example["puzzle"]
     if len(answer) != CELLS or any(p not in ("0", a) for p, a in zip(puzzle, answer, strict=True)):
         return 0.0
@@ -261,7 +273,7 @@ def score_rules(example: Example, answer: str) -> float:
 
 
 def instruct_prompt(puzzle: str, shots: int) -> Chat:
-    """Return a chat that states the rules and the answer's form, with 0 to 3 worked examples."""
+    """Return a chat with the rules, the form of the answer, and 0 to 3 worked examples."""
     text = (
         "Complete a 4x4 Sudoku. The puzzle comes as 16 digits, row after row, with 0 for each empty "
         "cell. Replace every 0 by a digit from 1 to 4 so that no digit appears twice in a row, in a "
@@ -275,9 +287,10 @@ def instruct_prompt(puzzle: str, shots: int) -> Chat:
 
 
 def worked_example(puzzle: str) -> str:
-    """Solve a puzzle cell by cell, always the first cell that only one digit fits, and say so.
+    """Return the solution of a puzzle in steps. Each step fills the first cell that only one digit fits.
 
-    Raises ValueError where the puzzle cannot be solved in this way.
+    Raises:
+        ValueError: if the puzzle cannot be solved in this way.
     """
     grid, lines = puzzle, []
     while "0" in grid:
@@ -286,7 +299,7 @@ def worked_example(puzzle: str) -> str:
             if len(left) == 1:
                 break
         else:
-            raise ValueError(f"{puzzle} has no cell that a single digit fits at {grid}")
+            raise ValueError(f"{puzzle} has no cell that only one digit fits at {grid}")
         digit = left.pop()
         grid = grid[:cell] + digit + grid[cell + 1 :]
         lines.append(f"Row {cell // 4 + 1}, column {cell % 4 + 1}: only {digit} fits.")

@@ -36,9 +36,17 @@ log = logging.getLogger(__name__)
 
 
 class Pretraining(pl.LightningModule):
-    """Maximises the ELBO of solver-made completions: masked diffusion training.
+    """Maximizes the ELBO of solver-made completions: masked diffusion training.
 
-    One draw a completion, a uniform number of holes masked, AdamW with a linear decay to 0.
+    Each completion is masked once, with a uniform number of masked holes. AdamW, with a linear decay to 0.
+
+    Args:
+        policy: What is trained.
+        task: Gives prompts, templates and solved completions of the examples.
+        gen_length: Number of completion tokens.
+        steps: Number of optimizer steps.
+        lr: Learning rate of the first step.
+        seed: Seed of the masks.
     """
 
     def __init__(self, policy: Policy, task: Task, gen_length: int, steps: int, lr: float, seed: int) -> None:
@@ -53,8 +61,8 @@ class Pretraining(pl.LightningModule):
         self.seed = seed
 
     def training_step(self, examples: list[Example], batch_idx: int) -> Tensor:
-        """Return the mean negative ELBO a token, in nats."""
-        targets = as_rollout(self.policy, self.task, examples, self.gen_length)
+        """Return the mean negative ELBO, in nats per token."""
+        targets = solved_rollout(self.policy, self.task, examples, self.gen_length)
         samples = self.masking(targets, self.policy.mask_id, derive_seed(self.seed, "pretrain", batch_idx))
         token_logps = self.policy.token_logps(
             samples.tokens[:, 0], targets.attention_mask, targets.completion_ids, samples.scored[:, 0]
@@ -68,8 +76,8 @@ class Pretraining(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
 
-def as_rollout(policy: Policy, task: Task, examples: list[Example], gen_length: int) -> Rollout:
-    """Lay solver-made completions out as if the policy had decoded them, holes open to be learned."""
+def solved_rollout(policy: Policy, task: Task, examples: list[Example], gen_length: int) -> Rollout:
+    """Return solver-made completions as if the policy had decoded them; the holes are to be learned."""
     templates = [task.template(example) for example in examples]
     prompts = policy.prepare(
         examples,
@@ -80,7 +88,7 @@ def as_rollout(policy: Policy, task: Task, examples: list[Example], gen_length: 
         gen_length,
     )
     texts = [task.target(example) for example in examples]
-    # `prepare` lays a wholly given completion out, padded with EOS
+    # `prepare` pads a completion that is given as a whole with EOS
     solved = policy.prepare(
         examples, texts, [(text,) for text in texts], prompts.group, prompts.index, gen_length
     )
@@ -90,7 +98,7 @@ def as_rollout(policy: Policy, task: Task, examples: list[Example], gen_length: 
 
 
 def ensure_base_weights(cfg: DictConfig) -> Path:
-    """Return the file of a configuration's base weights: shipped, cached or made now."""
+    """Return the file of a configuration's base weights; train them now if they are not there yet."""
     path = base_weights.look_up(cfg)
     if path is not None:
         return path
@@ -99,15 +107,26 @@ def ensure_base_weights(cfg: DictConfig) -> Path:
 
 
 def pretrain(cfg: DictConfig, folder: Path) -> Path:
-    """Train base weights, write them and their card to `folder`, and return the weights' file."""
+    """Train base weights, and write them and their model card.
+
+    Args:
+        cfg: Configuration of a run or of another command, with the settings of pretraining.
+        folder: Where to write.
+
+    Returns:
+        The file of the weights.
+
+    Raises:
+        ConfigError: if the device is missing, or the model is a published one or can't read the task.
+    """
     started = time.perf_counter()
     check_device(cfg)
     if cfg.model.get("path") is not None:
         raise ConfigError(
-            f"this model is published ({cfg.model.path}) and has weights; base ones are made of small "
+            f"this model is published ({cfg.model.path}) and has weights; base weights are for small "
             "models: model=tiny, or model=llada_toy"
         )
-    # those of a file may be held out: only generated examples, or a training file, are learned here
+    # without task.path, whose rows may be held out: examples are generated, or read from a training file
     task: Task = build(cfg.task, **({"path": None} if "path" in cfg.task else {}))
     demonstrations = task.demonstrations()
     check_reads(cfg, task.prompt(demonstrations[0]), task.name)

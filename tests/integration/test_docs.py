@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from spg import config
+from spg.config import source
 from spg.config.help import documented_keys
 from tests import documents, warm
 from tests.helpers import ROOT
@@ -146,3 +147,18 @@ def test_the_site_builds_without_a_warning_and_without_the_network(tmp_path: Pat
     for page in (tmp_path / "site").rglob("*.html"):
         loaded = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', page.read_text())
         assert not loaded, page
+
+
+def test_names_that_pages_give_exist() -> None:
+    """Dotted names of modules, classes and functions in code spans and in code."""
+    dotted = re.compile(r"(?<![\w/.-])spg(?:\.[a-z_]\w*)+(?:\.[A-Z]\w*)?(?![\w/*-])")
+    for page in documents.PAGES:
+        for name in dotted.findall(page.read_text()):
+            if (config.CONF_DIR / f"{name.removeprefix('spg.')}.yaml").exists() or name == "spg.train":
+                continue  # a command
+            try:
+                source.find(name)
+            except source.UnknownError:
+                continue  # a module or package, found
+            except source.AbsentError as error:
+                raise AssertionError(f"{documents.name_of(page)}: {name}: {error}") from error

@@ -37,7 +37,7 @@ _PYTHON = {**_EXACT, ast.FloorDiv: operator.floordiv, ast.Pow: _power}
 
 def exact_value(text: str) -> Fraction | None:
     """Return the value of whole numbers, + - * / and parentheses, None where `text` is anything else."""
-    tree = _parsed(text)
+    tree = _parse(text)
     if tree is None or any(isinstance(n, ast.Constant) and type(n.value) is not int for n in ast.walk(tree)):
         return None
     value = _value(tree, _EXACT, Fraction)
@@ -49,11 +49,11 @@ def python_value(text: str) -> int | float | complex | None:
 
     Powers beyond 20,000 bits count as none. The authors' scorers evaluate any text of these characters.
     """
-    tree = _parsed(text)
+    tree = _parse(text)
     return None if tree is None else _value(tree, _PYTHON, lambda constant: constant)
 
 
-def _parsed(text: str) -> ast.expr | None:
+def _parse(text: str) -> ast.expr | None:
     if len(text) > MAX_CHARACTERS:
         return None
     try:

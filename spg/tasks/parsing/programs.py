@@ -12,21 +12,21 @@ from spg.tasks.parsing.tags import CLOSE, OPEN
 FENCE = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL)
 PYTHON = ("python", "python3", "py")
 NO_TEXT = re.compile(r"\ufeff|<\|(?:endoftext|eot_id)\|>")
-# characters of a program: the interpreter's own parser crashes on some that are far longer
+# characters of a program; the parser of Python crashes on some much longer ones
 LONGEST = 64_000
-# SPG's coding reward is not public; these are the modules that the public one of d1 refuses
+# SPG's coding reward is not public; these are the modules that the public reward of d1 refuses
 BLOCKED = frozenset(
     ("os", "sys", "subprocess", "shutil", "socket", "psutil", "ctypes", "pathlib", "builtins")
 )
 
 
 def python_block(text: str, name: str | None = None) -> str | None:
-    """Return the preferred ```python block of a text, None where it has none."""
+    """Return the preferred ```python block of a text, or None if it has none."""
     return prefer_block([body for kind, body in FENCE.findall(text) if kind.strip().lower() in PYTHON], name)
 
 
 def prefer_block(blocks: Sequence[str], name: str | None) -> str | None:
-    """Return the last block that defines `name`, else that defines anything, else the last one."""
+    """Return the last block that defines `name`, else the last that defines anything, else the last."""
     blocks = [dedent_block(block) for block in blocks]
     for wanted in (rf"def {name}\b", r"(?:async )?def |class "):
         found = [block for block in blocks if re.search(rf"^{wanted}", block, re.MULTILINE)]
@@ -36,23 +36,23 @@ def prefer_block(blocks: Sequence[str], name: str | None) -> str | None:
 
 
 def dedent_block(block: str) -> str:
-    """Return a block of whole statements that stands indented, as in a list, without that indentation."""
+    """Return a block of whole statements without its common indentation, such as that of a list item."""
     whole = len(block) <= LONGEST and re.match(r"\s+(?:async def|def|class|import|from|@)\b", block)
     return textwrap.dedent(block) if whole else block
 
 
 def answer_part(completion: str) -> str:
-    """Return what follows the last opening answer tag, up to the closing one; empty without a tag."""
+    """Return the text after the last opening answer tag, up to the closing one; empty without a tag."""
     _, opened, inside = completion.rpartition(OPEN)
     return inside.partition(CLOSE)[0] if opened else ""
 
 
 def find_program(completion: str, name: str | None = None) -> str | None:
-    """Return the program that a completion answers with; None where it gives none.
+    """Return the program of a completion, or None if there is none.
 
-    That is a ```python block in the answer tags, else a block of the text, else what the tags hold, else,
-    where the text knows neither tags nor blocks, the text. Of several blocks it is the last one that
-    defines `name`, else that defines anything, else the last.
+    It is a ```python block in the answer tags, else a block anywhere, else the content of the tags, else
+    the text if it has neither tags nor blocks. Of several blocks it is the last one that defines `name`,
+    else the last one that defines anything, else the last one.
     """
     completion = NO_TEXT.sub("", completion)
     inside = answer_part(completion)
@@ -65,7 +65,7 @@ def find_program(completion: str, name: str | None = None) -> str | None:
 
 
 def parse_program(program: str) -> ast.Module | None:
-    """Return a program's syntax tree, None where it is no Python or longer than `LONGEST`."""
+    """Return the syntax tree of a program, or None if it is not Python or longer than `LONGEST`."""
     return _tree(program) if len(program) <= LONGEST else None
 
 
@@ -77,7 +77,7 @@ def _tree(text: str) -> ast.Module | None:
 
 
 def compiles(program: str) -> bool:
-    """Whether a program is Python; unlike its tree alone, this refuses a `return` outside of a function."""
+    """Return whether a program compiles. This refuses a `return` outside a function, which a tree allows."""
     try:
         compile(program if len(program) <= LONGEST else "(", "solution.py", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -86,7 +86,7 @@ def compiles(program: str) -> bool:
 
 
 def is_blocked(program: str) -> bool:
-    """Whether a program imports a module of `BLOCKED`, or names `__import__`."""
+    """Return whether a program imports a module of `BLOCKED`, or names `__import__`."""
     for node in ast.walk(parse_program(program) or ast.Module([], [])):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
@@ -99,7 +99,7 @@ def is_blocked(program: str) -> bool:
 
 
 def find_definitions(body: Iterable[ast.stmt]) -> dict[str, ast.stmt]:
-    """Return the names that statements bind, each with the last statement that does."""
+    """Return the names that statements define, each with the last statement that defines it."""
     found: dict[str, ast.stmt] = {}
     for statement in body:
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -113,9 +113,9 @@ def find_definitions(body: Iterable[ast.stmt]) -> dict[str, ast.stmt]:
 
 
 def imports_for(tests: str, solution: str) -> str:
-    """Return the imports that tests without any need: the names of the program that they use.
+    """Return the imports that tests without imports need: the names of the program that they use.
 
-    What they use of other modules is imported as the reference solution does it.
+    Names from other modules are imported as in the reference solution.
     """
     tree = _tree(tests) or ast.Module([], [])
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
@@ -127,22 +127,23 @@ def imports_for(tests: str, solution: str) -> str:
 
 
 def has_assert(statement: ast.stmt) -> bool:
-    """Whether a statement asserts something that is not constant."""
+    """Return whether a statement asserts something that is not constant."""
     asserts = [node for node in ast.walk(statement) if isinstance(node, ast.Assert)]
     return any(not isinstance(node.test, ast.Constant) for node in asserts)
 
 
 def split_by_assertion(body: Sequence[ast.stmt]) -> list[list[ast.stmt]]:
-    """Return the statements once for each that asserts, without the others that do."""
+    """Return one copy of the statements for each assertion, without the other assertions."""
     asserting = [s for s in body if has_assert(s)]
     shared = [s for s in body if not any(isinstance(node, ast.Assert) for node in ast.walk(s))]
     return [[s for s in body if s in shared or s is which] for which in asserting]
 
 
 def tests_of_check(test: str, prompt: str, entry_point: str) -> list[str]:
-    """Return the tests of a text that defines `check(candidate)`, with what the prompt defines at hand.
+    """Return the tests of a text that defines `check(candidate)`; they can use the definitions of the prompt.
 
-    Raises ValueError where it defines none.
+    Raises:
+        ValueError: if the text does not define it.
     """
     tree = ast.parse(test)
     check = find_definitions(tree.body).get("check")
@@ -165,7 +166,7 @@ def _with_body(function: ast.FunctionDef, body: list[ast.stmt]) -> ast.FunctionD
 
 
 def pytest_tests(test: str, solution: str) -> list[str]:
-    """Return the tests of a file for pytest: its functions and methods `test...`, else its assertions."""
+    """Return the tests of a pytest file: its functions and methods `test...`, else its assertions."""
     tree = ast.parse(test)
     calls = []
     for node in tree.body:
@@ -182,14 +183,14 @@ def pytest_tests(test: str, solution: str) -> list[str]:
 
 
 def imported_names(test: str) -> list[str]:
-    """Return what a test file imports from `solution`."""
+    """Return the names that a test file imports from `solution`."""
     nodes = ast.walk(_tree(test) or ast.Module([], []))
     froms = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.module == "solution"]
     return [alias.name for node in froms for alias in node.names]
 
 
 def signatures(solution: str, names: Sequence[str]) -> list[str]:
-    """Return how the reference solution declares each of these names that it defines."""
+    """Return the declarations of those names that the reference solution defines."""
     known = find_definitions((_tree(solution) or ast.Module([], [])).body)
     declared = []
     for name in names:

@@ -22,7 +22,7 @@ COLUMNS = (("numbers", "target"), ("nums", "target"), ("input", "output"))
 SIGNS = "+-*/"
 TRIALS = 50_000  # random expressions in one round of the generator
 
-# crc32 of the published 256 test problems, as `fingerprint` writes them: nothing generated is one of them
+# fingerprints of the 256 published test problems; no generated problem is one of them
 PUBLISHED_TEST = frozenset(
     bytes.fromhex(
         """
@@ -52,17 +52,17 @@ PUBLISHED_TEST = frozenset(
     )[4 * i : 4 * i + 4]
     for i in range(256)
 )
-# of 20 parts of all sets of numbers, those held out
+# all sets of numbers fall into 20 parts; these are held out
 HELD_OUT = {0: "validation", 1: "validation", 2: "validation", 3: "test", 4: "test", 5: "test"}
 
 
 def fingerprint(numbers: Sequence[int], target: int) -> bytes:
-    """Return 4 bytes that tell a problem from others, in whatever order its numbers stand."""
+    """Return 4 bytes that identify a problem, whatever the order of its numbers."""
     return zlib.crc32(f"{','.join(map(str, sorted(numbers)))}={target}".encode()).to_bytes(4, "big")
 
 
 def split_of(numbers: Sequence[int]) -> str:
-    """Return the split of generated problems with these numbers, in any order: 70, 15 and 15% of the sets."""
+    """Return the split of problems with these numbers in any order: 70, 15 and 15% of the sets of numbers."""
     checksum = zlib.crc32(",".join(map(str, sorted(numbers))).encode())
     return HELD_OUT.get(checksum % 20, "train")
 
@@ -70,17 +70,28 @@ def split_of(numbers: Sequence[int]) -> str:
 def make_problems(
     split: str, count: int, size: int, max_number: int, max_target: int, seed: int, operations: str = SIGNS
 ) -> list[Example]:
-    """Make up to `count` different solvable problems of a split: {numbers, target}.
+    """Make different problems with a solution. No two splits share a set of numbers.
 
-    `size` numbers from 1 to max_number are joined at random by `operations`, with no fraction or negative
-    number on the way; the value, from 1 to max_target, is the target. No two splits share a set of numbers.
-    Fewer come back where there are no more.
+    Random numbers are joined by random operations, without fractions or negative numbers on the way. The
+    value is the target.
+
+    Args:
+        split: train, validation or test.
+        count: Number of problems; fewer come back if there are no more.
+        size: Count of numbers in a problem.
+        max_number: Largest number; the smallest is 1.
+        max_target: Largest target; the smallest is 1.
+        seed: Seed of the generator.
+        operations: The operations that may be used.
+
+    Returns:
+        Problems {numbers, target}.
     """
     rng = np.random.default_rng(seed)
     problems: dict[tuple[int, ...], Example] = {}
     known = -1
     while known < len(problems) < count:
-        known = len(problems)  # where a whole round finds nothing new, there is hardly more
+        known = len(problems)  # stop after a whole round without a new problem
         numbers = rng.integers(1, max_number + 1, size=(TRIALS, size))
         targets, fits = _join_numbers(numbers, operations, rng)
         fits &= (targets >= 1) & (targets <= max_target)
@@ -115,7 +126,7 @@ def _join_numbers(
 
 @dataclass(frozen=True)
 class Term:
-    """A value with the expression that it came from; rank 1 for sums, 2 for products, 3 for numbers."""
+    """A value and its expression. The rank is 1 for a sum, 2 for a product, 3 for a number."""
 
     value: int
     text: str
@@ -127,7 +138,7 @@ class Term:
 
 
 def _combine(a: Term, b: Term, operations: str) -> list[tuple[str, Term]]:
-    """Return what one operation makes of two terms, without fractions or negative numbers."""
+    """Return the results of each operation on two terms, without fractions and negative numbers."""
     found = [
         ("+", Term(a.value + b.value, f"{a.text}+{b.text}", 1)),
         ("*", Term(a.value * b.value, f"{a.at_least(2)}*{b.at_least(2)}", 2)),
@@ -140,10 +151,10 @@ def _combine(a: Term, b: Term, operations: str) -> list[tuple[str, Term]]:
 
 
 def solve(numbers: Sequence[int], target: int, operations: str = SIGNS) -> tuple[tuple[str, ...], str] | None:
-    """Return the steps (as 3*5=15) and the expression that make `target`, None where nothing does.
+    """Return the steps (such as 3*5=15) and the expression that make `target`, or None if nothing does.
 
-    The first solution in an order that does not depend on that of the numbers, with no fraction or negative
-    number on the way.
+    The solution has no fraction or negative number on the way. It does not depend on the order of the
+    numbers.
     """
     return _solve(tuple(sorted(numbers)), target, operations)
 
@@ -167,10 +178,14 @@ def _search(terms: list[Term], target: int, operations: str) -> tuple[tuple[str,
 
 
 def read_problems(path: str, option: str) -> list[Example]:
-    """Read problems from a json, jsonl, csv or parquet file; raises InputError where a row is none."""
+    """Read problems from a json, jsonl, csv or parquet file.
+
+    Raises:
+        InputError: if the file cannot be read, or a row is no problem.
+    """
     file = Path(path)
     if not file.is_file():
-        raise InputError(f"{option}={path} is no file; give problems as json, jsonl, csv or parquet")
+        raise InputError(f"{option}={path} is not a file; give problems as json, jsonl, csv or parquet")
     return [problem_of(row, f"{path}, row {n}") for n, row in enumerate(read(file, (), option), start=1)]
 
 
@@ -197,7 +212,7 @@ def problem_of(row: Mapping[str, Any], where: str) -> Example:
             "target": int(target) if target == int(target) else target,
         }
     except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{where}: numbers {numbers!r} with target {target!r} are no problem") from error
+        raise InputError(f"{where}: numbers {numbers!r} with target {target!r} are not a problem") from error
     if not problem["numbers"]:
         raise InputError(f"{where} has no numbers")
     return problem

@@ -13,8 +13,8 @@ from spg.core.examples import Example
 
 CELLS = 16
 
-# The 88 solutions of the paper's test puzzles; the other 200 grids are for training.
-HELD_OUT = tuple(  # one text is shorter to read than 88
+# the 88 solutions of the paper's test puzzles; the other 200 grids are for training
+HELD_OUT = tuple(
     """
     1234342143122143 1234432124133142 1243341221344321 1243341243212134 1324241332414132
     1324241342313142 1324421324313142 1324421331422431 1324423121433412 1324423124133142
@@ -37,7 +37,7 @@ HELD_OUT = tuple(  # one text is shorter to read than 88
     """.split()
 )
 
-# The puzzles of the few-shot prompts, in no split; their solutions are on the training side.
+# the puzzles of the few-shot prompts are in no split; their solutions are on the training side
 FEW_SHOT = ("3014002020004130", "0000100420013142", "2001403002001420")
 
 
@@ -74,7 +74,7 @@ def all_grids() -> tuple[str, ...]:
 def unique_clue_sets(solution: str) -> np.ndarray:
     """Return bool [65536]: True at the clue sets (16-bit masks) that determine `solution`.
 
-    A clue set fails exactly if it avoids all cells in which some other grid differs, so failure
+    A clue set fails if and only if some other grid agrees with the solution on all its cells. So failure
     spreads from each such set of agreeing cells to all its subsets.
     """
     own = np.array(list(solution))
@@ -98,10 +98,23 @@ def _clue_sets_by_empty(solution: str) -> tuple[np.ndarray, ...]:
 def make_puzzles(
     solutions: Sequence[str], count: int, min_empty: int, max_empty: int, seed: int
 ) -> list[Example]:
-    """Make `count` different puzzles with one solution each: {puzzle, solution} texts of 16 digits.
+    """Make different puzzles that have one solution each.
 
-    The solution is uniform on `solutions`, the number of empty cells on min_empty..max_empty, the
-    cells on what leaves one solution. Raises ValueError where there are fewer than `count`.
+    The solution is uniform on `solutions`, the number of empty cells on min_empty to max_empty, and the set
+    of empty cells on those that leave one solution.
+
+    Args:
+        solutions: Solved grids to choose from.
+        count: Number of puzzles.
+        min_empty: Fewest empty cells.
+        max_empty: Most empty cells.
+        seed: Seed of the generator.
+
+    Returns:
+        Examples {puzzle, solution}, texts of 16 digits with 0 for an empty cell.
+
+    Raises:
+        ValueError: if fewer than twice as many puzzles exist.
     """
     rng = np.random.default_rng(seed)
     available = sum(
@@ -132,7 +145,7 @@ def make_puzzles(
 
 
 def split_of(solution: str) -> str:
-    """Return the split that a solution belongs to: train, validation or test."""
+    """Return the split of a solution: train, validation or test."""
     if solution not in HELD_OUT:
         return "train"
     return ("validation", "test")[HELD_OUT.index(solution) % 2]
@@ -144,13 +157,15 @@ def solutions_of(split: str) -> list[str]:
 
 
 def read_puzzles(path: str | Path) -> list[Example]:
-    """Read puzzles from a CSV with the columns Puzzle and Solution.
+    """Read puzzles from a CSV file with the columns Puzzle and Solution.
 
-    Raises ValueError, naming the line, where a row is no puzzle with its solution.
+    Raises:
+        ValueError: if the file cannot be used; the message names the line that is no puzzle with its
+            solution.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"task.path={path} is no file; give a CSV with the columns Puzzle,Solution")
+        raise ValueError(f"task.path={path} is not a file; give a CSV with the columns Puzzle,Solution")
     grids = set(all_grids())
     rows: list[Example] = []
     with path.open(newline="", encoding="utf-8") as file:

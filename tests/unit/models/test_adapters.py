@@ -20,9 +20,9 @@ from spg.cli.train import resume
 from spg.config import ConfigError
 from spg.core.errors import Interrupted
 from spg.core.types import UpdateBatch
-from spg.evaluation import candidates as completing
-from spg.evaluation import results
+from spg.evaluation import checkpoints
 from spg.evaluation.settings import merge_settings
+from spg.evaluation.tables import score_context
 from spg.models.base_weights import file_name
 from spg.models.factory import build_policy
 from spg.models.lora import LoRA, SavedLoRA
@@ -154,7 +154,7 @@ def test_an_adapter_s_folder_is_evaluated_by_its_own_numbers(
     assert record["results"]["adapter"]["accuracy"] != own["base"]["accuracy"]
     assert record["settings"]["adapter"] == str(finished / "adapter")
     assert (record["settings"]["lora"], record["selection"]) == (True, None)
-    assert any(f"weights base, adapter {finished / 'adapter'}" in line for line in results.beside(record))
+    assert any(f"weights base, adapter {finished / 'adapter'}" in line for line in score_context(record))
     assert config.load_saved(tmp_path / "alone" / "config.yaml").model.lora.folder == str(
         finished / "adapter"
     )
@@ -204,7 +204,7 @@ def test_an_adapter_of_another_s_making(tmp_path: Path) -> None:
 def test_a_folder_that_can_t_be_evaluated_is_refused_before_weights_are_read(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completing, "build_policy", None)
+    monkeypatch.setattr(checkpoints, "build_policy", None)
     given = f"adapter={finished / 'adapter'}"
     for lines, words in (
         ([f"adapter={tmp_path}"], "is no PEFT folder: it has no adapter_config.json; give the one that the"),

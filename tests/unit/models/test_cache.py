@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spg.core.types import Prompts
-from spg.models.network import Cache, Places
+from spg.models.network import Cache, Positions
 from spg.models.policy import Policy
 from spg.rollout.decoder import Decoder, logp_difference
 from tests.helpers import golden_policy, open_prompts, small_policy
@@ -229,7 +229,7 @@ def test_a_window_of_the_network_is_that_of_the_whole() -> None:
         network.hidden(ids, mask, None, cache)
         part = network.hidden(ids[:, 4:7], mask, None, cache, 4)
         assert torch.allclose(part, whole[:, 4:7], atol=1e-5)
-        at = Places(torch.tensor([[0, 2]] * 3))
+        at = Positions(torch.tensor([[0, 2]] * 3))
         some = network.hidden(ids[:, 4:7], mask, at, cache, 4)
         assert torch.allclose(some, whole[:, [4, 6]].flatten(0, 1), atol=1e-5)
         cache.select(torch.tensor([2, 0]))

@@ -23,7 +23,7 @@ from spg.evaluation.settings import merge_settings
 from spg.models import base_weights
 from spg.models import export as exporting
 from spg.models.factory import build_policy
-from spg.models.lora import LoRA, Merged, add_adapter, merged
+from spg.models.lora import LoRA, MergedTensor, add_adapter, merged_tensors
 from spg.models.policy import Policy
 from spg.models.qwen3 import Qwen3Diffusion, Qwen3DiffusionConfig
 from spg.models.weights import load_checkpoint, load_published, load_weights
@@ -165,11 +165,11 @@ def test_from_a_published_folder_to_the_next(published: Path, tmp_path: Path) ->
     own = ("tuned=null", "tuned/task=null", "model.lora.r=4")  # not the sizes of the real one's runs
     directory = train_here(tmp_path / "run", *SHORT, *model, *own)
     folder = exported(tmp_path / "merged", f"run={directory}", "merge=true")
-    network = trained(directory).network
+    parts = merged_tensors(trained(directory).network)
     found = load_file(folder / "model.safetensors")
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
-    assert all(torch.equal(found[name], part.value(torch.bfloat16)) for name, part in merged(network).items())
-    assert any((found[name] != part.own).any() for name, part in merged(network).items())
+    assert all(torch.equal(found[name], part.value(torch.bfloat16)) for name, part in parts.items())
+    assert any((found[name] != part.own).any() for name, part in parts.items())
     fields = json.loads((folder / "config.json").read_text())
     assert (fields["torch_dtype"], fields["max_sequence_length"], fields["d_model"]) == ("bfloat16", 77, 64)
     assert fields["auto_map"] == {"AutoModel": "hub/name--x.Y"}, "code in a folder does not come along"
@@ -201,7 +201,7 @@ def test_products_are_added_in_float32_and_rounded_once(base: torch.dtype) -> No
     layer = network.model.transformer.blocks[1].ff_out
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     expected = layer.base_layer.weight.float() + 2.0 * b.float() @ a.float()
-    found = merged(network)["model.transformer.blocks.1.ff_out.weight"]
+    found = merged_tensors(network)["model.transformer.blocks.1.ff_out.weight"]
     assert found.own.dtype == base
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(found.value(dtype), expected.to(dtype))
@@ -221,7 +221,7 @@ def test_weights_are_written_as_another_type(adapted: Path, tmp_path: Path) -> N
 
 def test_large_weights_are_shared_out_among_files(tmp_path: Path) -> None:
     network = small_policy().network
-    tensors = merged(network)
+    tensors = merged_tensors(network)
     most = 12_000
     assert exporting.write_weights(tensors, tmp_path, None, most) == torch.float32
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
@@ -238,7 +238,7 @@ def test_large_weights_are_shared_out_among_files(tmp_path: Path) -> None:
 
 def test_no_file_is_larger_than_asked_unless_one_tensor_is(tmp_path: Path) -> None:
     sizes = {"a": 3, "b": 3, "c": 5, "d": 9, "e": 1, "f": 2}
-    tensors = {name: Merged(torch.arange(size, dtype=torch.float32)) for name, size in sizes.items()}
+    tensors = {name: MergedTensor(torch.arange(size, dtype=torch.float32)) for name, size in sizes.items()}
     exporting.write_weights(tensors, tmp_path, None, 24)
     files = [load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))]
     assert sorted(name for file in files for name in file) == sorted(sizes)
@@ -249,7 +249,7 @@ def test_no_file_is_larger_than_asked_unless_one_tensor_is(tmp_path: Path) -> No
 def test_tied_tensors_are_written_once(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
     network[1].weight = network[0].weight
-    assert list(merged(network)) == ["0.weight"]
+    assert list(merged_tensors(network)) == ["0.weight"]
     sizes = Qwen3DiffusionConfig(32, 2, 4, 2, 12, 48, vocab_size=40, rope_theta=100.0)
     own = Qwen3Diffusion(sizes)
     adapter = add_adapter(own, LoRA(r=3, alpha=6, dropout=0.0, targets="all"))
@@ -258,7 +258,7 @@ def test_tied_tensors_are_written_once(tmp_path: Path) -> None:
         for name, p in own.named_parameters():
             if "lora_" in name:
                 p.normal_(std=0.3, generator=g)
-    exporting.write_weights(merged(own), tmp_path, None, 20_000)
+    exporting.write_weights(merged_tensors(own), tmp_path, None, 20_000)
     with torch.device("meta"):
         other = Qwen3Diffusion(sizes, seed=None)
     load_published(other, tmp_path, torch.float32, torch.device("cpu"))

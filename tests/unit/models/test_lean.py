@@ -142,7 +142,7 @@ def test_in_bfloat16_the_softmax_is_in_float32() -> None:
     assert ours.dtype == torch.float32
     assert not torch.equal(ours, exact)
     assert torch.allclose(ours, exact, atol=0.1)
-    with mixed.computing():
+    with mixed.autocast():
         states = mixed.network.hidden(samples.tokens[:, 0], rollout.attention_mask)
         logits = mixed.network.logits(states)
     assert logits.dtype == torch.bfloat16

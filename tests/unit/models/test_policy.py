@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spg.models.attention import attend
+from spg.models.attention import scaled_dot_product
 from spg.models.llada import LLaDA, LLaDAConfig, RMSNorm, _Normalize
-from spg.models.network import Places
+from spg.models.network import Positions
 from spg.models.policy import Policy
 from spg.models.tokenizer import CHARACTERS, TAGS, tiny_tokenizer
 from tests.helpers import columns, small_policy
@@ -179,7 +179,7 @@ def test_states_of_some_positions_are_those_of_the_whole(padded: bool) -> None:
     at[2] = False
     weights = torch.randn(int(at.sum()), 32, generator=g)
     results = []
-    for states in (network.hidden(ids, mask)[at], network.hidden(ids, mask, Places.of(at))):
+    for states in (network.hidden(ids, mask)[at], network.hidden(ids, mask, Positions.of_mask(at))):
         network.zero_grad()
         (states * weights).sum().backward()
         results.append(
@@ -197,7 +197,10 @@ def test_short_attention_is_the_fused_one() -> None:
     q, k, v = (torch.randn(2, 3, 7, 8, generator=g, requires_grad=True) for _ in range(3))
     visible = (torch.arange(7) >= torch.tensor([[0], [3]]))[:, None, None, :]
     for bias in (None, visible):
-        ours, theirs = attend(q, k, v, bias), F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        ours, theirs = (
+            scaled_dot_product(q, k, v, bias),
+            F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
+        )
         assert torch.allclose(ours, theirs, atol=1e-6)
         weights = torch.randn(ours.shape, generator=g)
         pairs = zip(

@@ -29,7 +29,7 @@ from spg.models.factory import build_policy
 from spg.models.llada import LLaDA, LLaDAConfig
 from spg.models.quantization import check_nf4
 from spg.models.tokenizer import byte_tokenizer
-from spg.models.weights import load_published, load_weights, save_weights, stored
+from spg.models.weights import list_tensors, load_published, load_weights, save_weights
 from spg.runs import directory as runs
 from spg.runs.identity import identity
 from spg.training.pretraining import pretrain
@@ -271,7 +271,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
             rewrite(f / SHARD.format(2), lambda t: t.update(x=torch.zeros(3), y=torch.zeros(1))),
             listed(f, x=SHARD.format(2), y=SHARD.format(2)),
         ),
-        r"2 \(x \(3,\) in model-00002-of-00003\.safetensors, y \(1,\) .*\) of 23 tensors of its own",
+        r"2 \(x \(3,\) in model-00002-of-00003\.safetensors, y \(1,\) .*\) of 23 of its tensors",
     ),
     "shape": (
         lambda f: rewrite(f / SHARD.format(1), lambda t: t.update({WTE: torch.zeros(271, 32)})),
@@ -286,7 +286,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "shard": (
         lambda f: (f / SHARD.format(2)).unlink(),
-        r"names 1 \(model-00002-of-00003\.safetensors\) of 3 files that are not there; get the folder",
+        r"names 1 \(model-00002-of-00003\.safetensors\) of 3 files that are not there; get the files",
     ),
     "index of another": (
         lambda f: rewrite(f / SHARD.format(1), lambda t: t.pop(WTE)),
@@ -312,7 +312,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: rewrite(
             f / SHARD.format(1), lambda t: t.update({WTE: torch.zeros(272, 32, dtype=torch.int8)})
         ),
-        r"wte\.weight is int8: weights that were quantised by others can't be read",
+        r"wte\.weight is int8: weights that others have quantized can't be read",
     ),
 }
 
@@ -369,7 +369,7 @@ def test_a_tensor_is_read_once_and_one_file_is_open(folder: Path, monkeypatch: p
     assert load_published(network, folder, torch.bfloat16, CPU) == 3
     assert sorted(read) == sorted(SOURCE.state_dict())
     read.clear()
-    stored(folder)
+    list_tensors(folder)
     assert not read, "looking at a folder reads none"
 
 

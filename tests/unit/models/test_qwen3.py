@@ -21,7 +21,7 @@ from spg.core.errors import InputError
 from spg.models import hub
 from spg.models.factory import build_policy
 from spg.models.lora import LoRA, add_adapter, save_adapter
-from spg.models.network import Cache, Places
+from spg.models.network import Cache, Positions
 from spg.models.policy import Policy
 from spg.models.qwen3 import Qwen3Diffusion, Qwen3DiffusionConfig, a2d_tokenizer
 from spg.models.tokenizer import tiny_tokenizer
@@ -105,10 +105,10 @@ def test_wanted_positions_alone() -> None:
     network, ids, real = small(), tokens(), padding()
     every = network.hidden(ids, real)
     at = real & (ids % 3 == 0)
-    assert torch.allclose(network.hidden(ids, real, Places.of(at)), every[at], atol=1e-6)
+    assert torch.allclose(network.hidden(ids, real, Positions.of_mask(at)), every[at], atol=1e-6)
     columns = torch.tensor([[5, 8], [6, 7], [5, 6], [7, 8]])
     expected = every.gather(1, columns.unsqueeze(-1).expand(-1, -1, 32)).flatten(0, 1)
-    assert torch.allclose(network.hidden(ids, real, Places(columns)), expected, atol=1e-6)
+    assert torch.allclose(network.hidden(ids, real, Positions(columns)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -119,7 +119,7 @@ def test_a_cache_stands_for_the_positions_outside_of_the_window(padded: bool) ->
     assert torch.equal(whole, network.hidden(ids, real))
     assert cache.slot(0, 0).keys.shape == (4, 2, 9, 12)
     assert torch.allclose(network.hidden(ids[:, 6:8], real, None, cache, 6), whole[:, 6:8], atol=1e-5)
-    at = Places(torch.tensor([[0], [1], [0], [1]]))
+    at = Positions(torch.tensor([[0], [1], [0], [1]]))
     few = network.hidden(ids[:, 6:8], real, at, cache, 6)
     assert torch.allclose(few, whole[torch.arange(4), 6 + at.columns[:, 0]], atol=1e-5)
     # in a first layer, keys and values depend on their own position's token alone
@@ -136,7 +136,7 @@ def test_checkpointing_changes_no_gradient() -> None:
     for checkpointing in (False, True):
         network = small()
         network.checkpointing = checkpointing
-        states = network.hidden(tokens(), padding(), Places.of(padding()))
+        states = network.hidden(tokens(), padding(), Positions.of_mask(padding()))
         network.logits(states).log_softmax(-1)[:, 7].sum().backward()
         gradients.append({name: p.grad for name, p in network.named_parameters()})
     assert gradients[0].keys() == gradients[1].keys()
@@ -355,7 +355,7 @@ def test_the_tokenizer_pads_with_the_end_of_a_completion_and_opens_no_thought(tm
         assert each.decode(ids) == (
             "<|im_start|>user\n1 + 1<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
         )
-        never = policy._never_chosen(270, torch.device("cpu"))
+        never = policy._excluded_ids(270, torch.device("cpu"))
         assert not never[each.convert_tokens_to_ids("<|endoftext|>")]
         assert never[policy.mask_id]
     with pytest.raises(InputError, match="nothing"):

@@ -15,7 +15,7 @@ from spg import config
 from spg.core.seeding import Streams
 from spg.core.types import Prompts, Rollout
 from spg.models.factory import build_policy
-from spg.models.network import Places
+from spg.models.network import Positions
 from spg.models.policy import Measure, Policy
 from spg.models.tokenizer import tiny_tokenizer
 from spg.rollout.decoder import CONFIDENCE, Decoder, transfer_counts
@@ -303,7 +303,7 @@ class Table(nn.Module):
         super().__init__()
         self.table = logits
 
-    def hidden(self, tokens: Tensor, mask: Tensor | None, at: Places, cache: None) -> Tensor:
+    def hidden(self, tokens: Tensor, mask: Tensor | None, at: Positions, cache: None) -> Tensor:
         """Return the logits at `at`; a row tells its number by its only prompt token."""
         return at.take(self.table[(tokens[:, :1] - 5), at.columns - 1])
 

@@ -152,18 +152,18 @@ def header(role: str) -> str:
 
 
 BROKEN = [
-    ("{", "no JSON .*expected an object a line"),
-    ("[1]", "no object; expected an object a line"),
+    ("{", "not JSON .*expected one object per line"),
+    ("[1]", "not an object; expected one object per line"),
     ({"prompt": "<answer>", "chosen": RIGHT}, "no rejected; a pair has prompt, chosen and rejected"),
     ({**PAIR, "prompt": 3}, "`prompt` is neither a text nor a chat"),
     ({**PAIR, "prompt": [{"role": "user"}]}, "`prompt` is neither a text nor a chat"),
     ({**PAIR, "prompt": []}, "`prompt` is neither a text nor a chat"),
     ({**PAIR, "chosen": ["a"]}, r"`chosen` is \[\"a\"\]; expected the completion's text"),
     ({**PAIR, "rejected": RIGHT}, "the same text"),
-    ({**PAIR, "example": None}, "no example; sudoku asks with a template"),
+    ({**PAIR, "example": None}, "no example; sudoku has a template"),
     ({**PAIR, "example": {"puzzle": "12"}}, "needs `example` {puzzle, solution}"),
-    ({**PAIR, "chosen_tokens": "1"}, "`chosen_tokens` is no list of whole numbers"),
-    ({**PAIR, "chosen_tokens": [True]}, "`chosen_tokens` is no list of whole numbers"),
+    ({**PAIR, "chosen_tokens": "1"}, "`chosen_tokens` is not a list of whole numbers"),
+    ({**PAIR, "chosen_tokens": [True]}, "`chosen_tokens` is not a list of whole numbers"),
 ]
 
 
