@@ -28,9 +28,9 @@ from spg.models.factory import build_policy
 from spg.models.llada import LLaDA, LLaDAConfig
 from spg.models.policy import Policy
 
-# of the network that is timed where no model is named
+# the network that is timed if no model is named
 SIZES = {"d_model": 256, "n_layers": 4, "n_heads": 4, "mlp_hidden_size": 768, "vocab_size": 32000}
-# how far apart plain and ours may be, relatively, by the policy's precision
+# largest relative difference between the plain way and ours, by the policy's precision
 TOLERANCE = {"32-true": 1e-5, "bf16-mixed": 5e-2}
 
 
@@ -52,7 +52,7 @@ class Numbers:
         return " ".join(map(str, ids))
 
 
-def parser_of(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+def make_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     """Return a parser of what all benchmarks of a model understand."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -77,8 +77,11 @@ def parser_of(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     return parser
 
 
-def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options, overrides anywhere between them, with threads and allocator set; exits with 2."""
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the options, with overrides anywhere between them, and set threads and allocator.
+
+    A mistake ends the program with exit status 2.
+    """
     given = parser.parse_intermixed_args(argv)
     for name in ("group", "prompt", "tokens", "block", "rounds", "threads"):
         if getattr(given, name) < 1:
@@ -103,7 +106,7 @@ def numbers(kind: type[float]) -> Callable[[str], list[float]]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command; what stops it is answered by its text, a mistake of the user with exit status 2."""
+    """Run a command; print the text of an error that stops it. A mistake of the user has exit status 2."""
     try:
         main()
     except (InputError, RunError) as error:
@@ -111,7 +114,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2 if isinstance(error, InputError) else 1)
 
 
-def policy_of(given: argparse.Namespace) -> Policy:
+def make_policy(given: argparse.Namespace) -> Policy:
     """Build the policy that is timed, without dropout, on its device; raises InputError.
 
     A model with random weights needs no files: it gets a tokenizer of bare numbers. Plain decoding may choose
@@ -153,8 +156,8 @@ def _numbers(sizes: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def prompts_of(policy: Policy, given: argparse.Namespace, distinct: bool) -> Prompts:
-    """Return prompts of random tokens: another for each row where `distinct`, else one for all."""
+def make_prompts(policy: Policy, given: argparse.Namespace, distinct: bool) -> Prompts:
+    """Return prompts of random tokens: one for each row if `distinct`, else one for all rows."""
     special = {policy.mask_id, policy.eos_id, policy.pad_id}
     ordinary = torch.tensor([i for i in range(len(policy.tokenizer)) if i not in special])
     generator = torch.Generator().manual_seed(given.seed)
@@ -173,7 +176,7 @@ def prompts_of(policy: Policy, given: argparse.Namespace, distinct: bool) -> Pro
     )
 
 
-def timed(work: Callable[[], Any], device: str) -> float:
+def measure_seconds(work: Callable[[], Any], device: str) -> float:
     """Return the seconds that `work` takes, until the device has done it; garbage is collected before."""
     gc.collect()
     return _seconds(work, device)
@@ -201,7 +204,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "low": low, "high": high, "n": len(values)}
 
 
-def compared(plain: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
+def compare(plain: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
     """Return the spread of both in seconds, and the ratio of their medians."""
     ratio = statistics.median(plain) / statistics.median(ours)
     return {"plain": spread(plain), "ours": spread(ours), "ratio": ratio}
@@ -227,7 +230,7 @@ def versions() -> dict[str, str]:
     return {"spg": __version__, "python": platform.python_version(), **found, "cuda": str(torch.version.cuda)}
 
 
-def settings_of(given: argparse.Namespace, policy: Policy) -> dict[str, Any]:
+def list_settings(given: argparse.Namespace, policy: Policy) -> dict[str, Any]:
     """Return all options, the sizes and the types of the network."""
     options = {name: value for name, value in vars(given).items() if name not in ("output", "profile")}
     return {
@@ -241,7 +244,7 @@ def settings_of(given: argparse.Namespace, policy: Policy) -> dict[str, Any]:
 
 
 def write(result: Mapping[str, Any], output: Path | None) -> None:
-    """Write the figures to a JSON file, where one is named."""
+    """Write the figures to a JSON file, if one is named."""
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -256,7 +259,7 @@ def table(title: str, rows: Mapping[str, Mapping[str, Any]], unit: str = "s") ->
     return "\n".join(lines) + "\n"
 
 
-def profiled(name: str, work: Callable[[], Any]) -> str:
+def profile(name: str, work: Callable[[], Any]) -> str:
     """Return a table of the operations that take most of the time of `work`."""
     with torch.profiler.profile() as profile:
         work()
@@ -363,21 +366,22 @@ def rates(given: argparse.Namespace, policy: Policy) -> dict[str, float]:
     }
 
 
-def faster(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+def best_rates(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
     """Return the higher of rates measured twice: what else runs on a machine only lowers them."""
     return {name: max(first[name], second[name]) for name in first}
 
 
 def floor(operations: float, moved: float, rate: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """Return the least operations and bytes, the seconds that they take at the measured rates, and the share
-    of `seconds` that this is.
+    """Return the least operations and bytes, and the seconds that they take at the measured rates.
+
+    `share` is the part of `seconds` that this is.
     """
     least = max(operations / rate["operations_per_s"], moved / rate["bytes_per_s"])
     return {"operations": operations, "bytes": moved, "seconds": least, "share": least / seconds}
 
 
 def trim() -> None:
-    """Give freed memory back to the system, where the C library can."""
+    """Give freed memory back to the system, if the C library can."""
     gc.collect()
     release = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if release is not None:

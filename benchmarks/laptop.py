@@ -1,4 +1,4 @@
-"""How long a rollout and an update of the default run take, beside an earlier version of this project.
+"""How long a rollout and an update of the default run take, compared with an earlier version.
 
 `python -m benchmarks.laptop` checks both versions out, first asks both for the greedy accuracy of the
 same weights, which must agree, then trains with each in turn and compares the times that the runs
@@ -26,7 +26,7 @@ PARTS = ("time/rollout", "time/update")
 MU = 4
 
 
-def in_tree(tree: Path, module: str, *arguments: str) -> None:
+def run_in_tree(tree: Path, module: str, *arguments: str) -> None:
     """Run an entry point of the version in `tree`; raises RuntimeError with its last lines if it fails."""
     command = [sys.executable, "-m", f"spg.{module}", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(tree)}
@@ -37,7 +37,7 @@ def in_tree(tree: Path, module: str, *arguments: str) -> None:
 
 def accuracy(tree: Path, weights: Path, folder: Path) -> dict[str, float]:
     """Return the measures of `weights` on the held-out puzzles, as the version in `tree` decodes them."""
-    in_tree(tree, "evaluate", f"model.weights={weights}", "split=heldout", f"hydra.run.dir={folder}")
+    run_in_tree(tree, "evaluate", f"model.weights={weights}", "split=heldout", f"hydra.run.dir={folder}")
     if (folder / "evaluation.json").is_file():  # of versions before 0.3.0
         (means,) = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["results"].values()
         return means
@@ -57,7 +57,7 @@ def times(tree: Path, folder: Path, rollouts: int, threads: int) -> dict[str, li
         "trainer.samples_every=0",
         "task.eval_size=8",
     )
-    in_tree(tree, "train", *settings, f"hydra.run.dir={folder}")
+    run_in_tree(tree, "train", *settings, f"hydra.run.dir={folder}")
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if int(row["update"]) > MU]
     return {part: [float(row[part]) for row in rows if row[part]] for part in PARTS}
@@ -98,7 +98,7 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": version("torch"),
         "greedy accuracy of the same weights, both": found["this"],
-        "parts": {part: compared(seconds["other"][part], seconds["this"][part]) for part in PARTS},
+        "parts": {part: compare(seconds["other"][part], seconds["this"][part]) for part in PARTS},
     }
     lines = [f"{'part':<14}{'other, s':>24}{'this, s':>24}{'ratio':>8}"]
     for part, row in result["parts"].items():
@@ -110,7 +110,7 @@ def main() -> None:
         given.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def compared(other: list[float], this: list[float]) -> dict[str, object]:
+def compare(other: list[float], this: list[float]) -> dict[str, object]:
     """Return median and quartiles of both in seconds, how many, and the ratio of the medians."""
     row: dict[str, object] = {}
     for name, values in (("other", other), ("this", this)):

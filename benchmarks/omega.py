@@ -31,7 +31,7 @@ from spg.training.module import Training
 OMEGAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def rollout_of(module: Training, seed: int) -> Experience:
+def collect_rollout(module: Training, seed: int) -> Experience:
     """Return the module's first rollout, scored."""
     examples = module.prompts.examples(0)
     seed = derive_seed(seed, "rollout", 0)
@@ -46,7 +46,7 @@ def measure(num_mc: int, repeats: int, checkpoint: Path | None, seed: int) -> di
     if checkpoint is not None:
         module.weights.load(read_checkpoint(checkpoint)["state_dict"])
     module.policy.train()
-    experience = rollout_of(module, seed)
+    experience = collect_rollout(module, seed)
     objective = module.objective
     assert isinstance(objective, SPG)
     mixture = objective.sandwich.negative
@@ -96,7 +96,7 @@ def main() -> None:
     )
     parser.add_argument("--draws", type=numbers(int), default=[2, 4], help="numbers of masked copies m")
     parser.add_argument("--repeats", type=int, default=80, help="sets of masks")
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint of a Sudoku run, beside the base model")
+    parser.add_argument("--checkpoint", type=Path, help="measure this checkpoint of a Sudoku run, too")
     parser.add_argument("--seed", type=int, default=0, help="of rollout and masks")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     given = parser.parse_args()

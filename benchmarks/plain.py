@@ -78,7 +78,7 @@ def choose(
 
 
 def loss(policy: Policy, experience: Experience, samples: MaskedSamples, beta: float, omega: float) -> Tensor:
-    """Return the released SPG loss [] of one group: ELBO where A > 0, else the mixture of it and the EUBO."""
+    """Return the released SPG loss [] of one group: ELBO if A > 0, else the mixture of it and the EUBO."""
     targets = experience.rollout.completion_ids
     with policy.autocast():
         logits = all_logits(policy, samples.tokens.flatten(0, 1))[:, -targets.shape[1] :]
@@ -91,7 +91,7 @@ def loss(policy: Policy, experience: Experience, samples: MaskedSamples, beta: f
 def at_targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return log-probabilities and probabilities [B M T] of targets [B T], from logits [B M T V].
 
-    Log-softmax and softmax are computed, and kept for the backward pass, one beside the other.
+    Both log-softmax and softmax are computed and kept for the backward pass.
     """
     wanted = targets.unsqueeze(1).expand(logits.shape[:-1])
     flat = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="none")

@@ -1,4 +1,4 @@
-"""How long a rollout takes beside one done the plain way (benchmarks/plain.py), in one run, in turn.
+"""How long a rollout takes, compared with one done the plain way (benchmarks/plain.py), both in turn.
 
 `python -m benchmarks.rollout` times a random LLaDA of 20 million parameters; with overrides of spg.train
 (`model=llada_8b model.weights=random --device cuda --full`) any other. First it checks that both do the same
@@ -26,21 +26,21 @@ from benchmarks import plain
 from benchmarks.common import (
     TOLERANCE,
     Sizes,
-    compared,
-    faster,
+    best_rates,
+    compare,
     floor,
+    list_settings,
     machine,
+    make_parser,
+    make_policy,
+    make_prompts,
+    measure_seconds,
     numbers,
-    parsed,
-    parser_of,
-    policy_of,
-    profiled,
-    prompts_of,
+    parse,
+    profile,
     rates,
     run,
-    settings_of,
     table,
-    timed,
     versions,
     write,
 )
@@ -66,7 +66,7 @@ class Bench:
         self.temperature = temperature
         self.blocks = given.tokens // given.block
         # at temperature 0 equal rows stay equal, and ours would compute one of them only
-        self.prompts = prompts_of(policy, given, distinct=temperature == 0)
+        self.prompts = make_prompts(policy, given, distinct=temperature == 0)
         self.masked = torch.cat([self.prompts.ids, self.prompts.template], 1)
         # what stands in earlier blocks matters to no time: one step each will do
         self.filled = self.decode(self.prompts, self.blocks).completion_ids
@@ -109,7 +109,7 @@ class Bench:
         return self.plain_from(self.masked, part, self.filled, seed)
 
     def plain_from(self, tokens: Tensor, part: Part, earlier: Tensor, seed: int = 0) -> Tensor:
-        """Decode a part of tokens [N L] the plain way, where earlier blocks are those of `earlier` [N T]."""
+        """Decode a part of tokens [N L] the plain way; earlier blocks are those of `earlier` [N T]."""
         width, block = self.given.prompt, self.given.block
         tokens = tokens.clone()
         if part is not None:
@@ -119,8 +119,8 @@ class Bench:
         sizes = (width, block, self.given.steps)
         return plain.rollout(self.policy, tokens, *sizes, self.temperature, generator, blocks)[:, width:]
 
-    def stopped(self, length: int, cache: str = "none", seed: int = 0) -> Rollout:
-        """Decode as this project does where token number `length` of each row is EOS, given beforehand."""
+    def ours_to_eos(self, length: int, cache: str = "none", seed: int = 0) -> Rollout:
+        """Decode as this project does, with token number `length` of each row given as EOS."""
         template, given = self.prompts.template.clone(), self.prompts.given.clone()
         template[:, length - 1], given[:, length - 1] = self.policy.eos_id, True
         prompts = replace(self.prompts, template=template, given=given)
@@ -128,7 +128,7 @@ class Bench:
 
 
 def check(bench: Bench) -> dict[str, Any]:
-    """Check that both ways do the same work; raise RunError where they don't."""
+    """Check that both ways do the same work; raise RunError if they don't."""
     if bench.temperature > 0:
         return {"first_step": check_probabilities(bench), "draws": check_draws(bench)}
     found: dict[str, Any] = {}
@@ -142,22 +142,22 @@ def check(bench: Bench) -> dict[str, Any]:
                     f"plain and ours decode {int((~same).sum())} of {same.numel()} tokens differently at "
                     "temperature 0, so their times can't be compared"
                 )
-            found[_named(part)] = {"tokens": "identical", "of": same.numel()}
+            found[_part_name(part)] = {"tokens": "identical", "of": same.numel()}
         else:
-            found[_named(part)] = check_choices(bench, ours)
+            found[_part_name(part)] = check_choices(bench, ours)
         for cache in bench.given.caches:
             if cache != "none":
                 equal = bench.ours(part, cache).completion_ids == ours.completion_ids
-                found[_named(part)][f"{cache}_equals_none"] = float(equal.float().mean())
+                found[_part_name(part)][f"{cache}_equals_none"] = float(equal.float().mean())
     if bench.policy.precision == "32-true":
         for length in bench.given.lengths:
-            check_stopped(bench, length)
+            check_early_stop(bench, length)
     return found
 
 
-def check_stopped(bench: Bench, length: int) -> None:
+def check_early_stop(bench: Bench, length: int) -> None:
     """Check that the block of a row's EOS is as plain decodes it, and that EOS follows; raises RunError."""
-    done = bench.stopped(length).completion_ids
+    done = bench.ours_to_eos(length).completion_ids
     tokens = bench.masked.clone()
     tokens[:, bench.given.prompt + length - 1] = bench.policy.eos_id
     part = (length - 1) // bench.given.block
@@ -171,7 +171,7 @@ def check_choices(bench: Bench, rollout: Rollout) -> dict[str, Any]:
     """Check a greedy rollout's choices against plain logits, each in the state that it was made in.
 
     Returns by how much a committed token's logit fell short of the largest, and the log-probability of a
-    committed position of the highest one left open. Raises RunError where bfloat16 does not explain it.
+    committed position of the highest one left open. Raises RunError if bfloat16 does not explain it.
     """
     width, block = rollout.prompt_ids.shape[1], bench.given.block
     token = position = 0.0
@@ -251,7 +251,7 @@ def check_draws(bench: Bench, repeats: int = 4) -> dict[str, Any]:
                 ids = bench.decode(bench.at(0), bench.blocks, seed).completion_ids[:, :block]
             excess += (finite.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - mean).sum()
         found[name] = float(excess / (repeats * variance.sum()).sqrt())
-        # in bfloat16 the plain way's noise has 256 values and its draws are off, which is told, not mended
+        # in bfloat16 the plain way's noise has 256 values and its draws are off: that is reported only
         if abs(found[name]) > DEVIATIONS and (name == "ours" or policy.precision == "32-true"):
             raise RunError(
                 f"what {name} draws is {found[name]:.1f} standard deviations from what is expected"
@@ -270,17 +270,18 @@ def measure(bench: Bench, before: Mapping[str, float]) -> dict[str, Any]:
     for cache in given.caches:
         works[cache] = (partial(bench.ours, cache=cache), bench.parts())
         for length in given.lengths:
-            stopping = partial(_stopped, bench, length, cache)
+            stopping = partial(_ours_to_eos, bench, length, cache)
             works[f"{cache}, EOS at {length}"] = (stopping, {None: 1})
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for number in range(given.rounds):
         for name, (work, parts) in works.items():
             taken = (
-                count * timed(partial(work, part, seed=number), given.device) for part, count in parts.items()
+                count * measure_seconds(partial(work, part, seed=number), given.device)
+                for part, count in parts.items()
             )
             seconds[name].append(sum(taken))
-    rows = {name: compared(seconds["plain"], seconds[name]) for name in works if name != "plain"}
-    sizes, rate = Sizes.of(bench.policy), faster(before, rates(given, bench.policy))
+    rows = {name: compare(seconds["plain"], seconds[name]) for name in works if name != "plain"}
+    sizes, rate = Sizes.of(bench.policy), best_rates(before, rates(given, bench.policy))
     floors = {}
     for name in ("plain", *given.caches):
         median = sorted(seconds[name])[len(seconds[name]) // 2]
@@ -288,8 +289,8 @@ def measure(bench: Bench, before: Mapping[str, float]) -> dict[str, Any]:
     return {"checked": checked, "seconds": rows, "rates": rate, "floors": floors}
 
 
-def _stopped(bench: Bench, length: int, cache: str, part: Part, seed: int) -> Rollout:
-    return bench.stopped(length, cache, seed)
+def _ours_to_eos(bench: Bench, length: int, cache: str, part: Part, seed: int) -> Rollout:
+    return bench.ours_to_eos(length, cache, seed)
 
 
 def least(given: argparse.Namespace, sizes: Sizes, way: str, temperature: float) -> tuple[float, float]:
@@ -320,21 +321,24 @@ def least(given: argparse.Namespace, sizes: Sizes, way: str, temperature: float)
     return operations, moved
 
 
-def _named(part: Part) -> str:
+def _part_name(part: Part) -> str:
     return "whole" if part is None else f"block {part}"
 
 
 def main() -> None:
     """Check, time and compare; print a table, and write the figures to a JSON file."""
-    parser = parser_of(__doc__, rounds=3)
+    parser = make_parser(__doc__, rounds=3)
     parser.add_argument("--steps", type=int, default=128, help="steps of a completion")
     parser.add_argument("--temperatures", type=numbers(float), default=[0.0, 0.9], help="0,0.9 by default")
     parser.add_argument("--caches", type=str, default="none", help="of none, prefix, dual; with commas")
     parser.add_argument(
-        "--lengths", type=numbers(int), default=[], help="rollouts that stop where all rows have EOS: 78,176"
+        "--lengths",
+        type=numbers(int),
+        default=[],
+        help="rollouts that stop because all rows have EOS there: 78,176",
     )
     parser.add_argument("--full", action="store_true", help="time whole rollouts")
-    given = parsed(parser)
+    given = parse(parser)
     given.caches = given.caches.split(",")
     if unknown := set(given.caches) - {"none", "prefix", "dual"}:
         parser.error(f"--caches {', '.join(sorted(unknown))} is not one of none, prefix, dual")
@@ -342,13 +346,13 @@ def main() -> None:
         parser.error(f"--steps {given.steps} must be a multiple of the number of blocks")
     if any(not 1 <= length <= given.tokens for length in given.lengths):
         parser.error(f"--lengths must be from 1 to --tokens {given.tokens}")
-    policy = policy_of(given)
+    policy = make_policy(given)
     rate = rates(given, policy)
     result: dict[str, Any] = {
         "benchmark": "rollout",
         "machine": machine(given.device),
         "versions": versions(),
-        "settings": settings_of(given, policy),
+        "settings": list_settings(given, policy),
         "timed": "whole rollouts" if given.full else "first block + the middle one of the others for each",
         "temperatures": {},
     }
@@ -356,13 +360,13 @@ def main() -> None:
         bench = Bench(policy, given, temperature)
         if given.profile:
             part = next(iter(bench.parts()))
-            sys.stdout.write(profiled(f"plain, {_named(part)}", partial(bench.plain, part)))
+            sys.stdout.write(profile(f"plain, {_part_name(part)}", partial(bench.plain, part)))
             for cache in given.caches:
-                sys.stdout.write(profiled(f"{cache}, {_named(part)}", partial(bench.ours, part, cache)))
+                sys.stdout.write(profile(f"{cache}, {_part_name(part)}", partial(bench.ours, part, cache)))
         figures = measure(bench, rate)
         rate = figures["rates"]
         result["temperatures"][str(temperature)] = figures
-        write(result, given.output)  # now, lest the next temperature's failure should lose it
+        write(result, given.output)  # now, so that a failure at the next temperature does not lose it
         sys.stdout.write(table(f"temperature {temperature}", figures["seconds"]))
         for name, row in figures["floors"].items():
             sys.stdout.write(f"  {name}: {row['share']:.0%} of the roofline of {row['seconds']:.3g} s\n")

@@ -1,4 +1,4 @@
-"""How long an update takes, and how much memory, beside one done the plain way (benchmarks/plain.py).
+"""Time and memory of an update, compared with one done the plain way (benchmarks/plain.py).
 
 `python -m benchmarks.update` takes the loss and its gradient (no optimizer step) on random completions with a
 random LLaDA of 20 million parameters, its head frozen; with overrides of spg.train (`model=llada_8b
@@ -29,22 +29,22 @@ from benchmarks import plain
 from benchmarks.common import (
     TOLERANCE,
     Sizes,
-    compared,
-    faster,
+    best_rates,
+    compare,
     floor,
+    list_settings,
     machine,
+    make_parser,
+    make_policy,
+    make_prompts,
+    measure_seconds,
     numbers,
-    parsed,
-    parser_of,
-    policy_of,
-    profiled,
-    prompts_of,
+    parse,
+    profile,
     rates,
     run,
-    settings_of,
     spread,
     table,
-    timed,
     trim,
     versions,
     write,
@@ -74,7 +74,7 @@ class Bench:
         self.given = given
         if not given.train_head:
             policy.network.head.requires_grad_(False)
-        self.experience = experience_of(policy, given)
+        self.experience = make_experience(policy, given)
         task = Sudoku(train_size=8, eval_size=8)  # asked for nothing: only the update is run
         decoder = Decoder(given.tokens, given.block, given.tokens)
         self.training = Training(
@@ -105,7 +105,7 @@ class Bench:
         return loss.detach()
 
     def ours(self, samples: MaskedSamples, micro_batch: int | None = None) -> Tensor:
-        """Take the gradient as training does, in micro-batches where a size is given; return the loss."""
+        """Take the gradient as training does, in micro-batches if a size is given; return the loss."""
         self.policy.zero_grad()
         self.training.micro_batch_size = micro_batch
         return self.training.gradient.add(self.training.prepare_batch(self.experience, samples)).loss
@@ -122,11 +122,11 @@ class Bench:
         return {"plain": (self.given.draws, self.plain), "ours": (self.given.draws, self.ours), **more}
 
 
-def experience_of(policy: Policy, given: argparse.Namespace) -> Experience:
+def make_experience(policy: Policy, given: argparse.Namespace) -> Experience:
     """Return completions of random tokens, none of them EOS, none without an advantage."""
-    prompts = prompts_of(policy, given, distinct=False)
+    prompts = make_prompts(policy, given, distinct=False)
     completions = argparse.Namespace(**{**vars(given), "prompt": given.tokens, "seed": given.seed + 1})
-    ids = prompts_of(policy, completions, distinct=True).ids
+    ids = make_prompts(policy, completions, distinct=True).ids
     # a decoder given all tokens has none to choose; to the update they are the policy's own
     whole = replace(prompts, template=ids, given=torch.ones_like(prompts.given))
     rollout = Decoder(given.tokens, given.block, given.tokens)(policy, whole)
@@ -168,7 +168,7 @@ def measure(bench: Bench) -> dict[str, list[float]]:
             if number > 0 and name not in BOTH:
                 continue
             samples = bench.samples(draws, seed=number)
-            seconds[name].append(timed(partial(work, samples), bench.given.device))
+            seconds[name].append(measure_seconds(partial(work, samples), bench.given.device))
     return seconds
 
 
@@ -256,7 +256,7 @@ def least(bench: Bench, way: str, draws: int) -> tuple[float, float]:
 def main() -> None:
     """Check, time and compare; print tables, and write the figures to a JSON file."""
     argv = sys.argv[1:]
-    parser = parser_of(__doc__, rounds=5)
+    parser = make_parser(__doc__, rounds=5)
     parser.add_argument("--draws", type=int, default=2, help="m, masked samples of each completion")
     parser.add_argument(
         "--more-draws", type=numbers(int), default=[1, 16], help="m of passes in pieces; 1,16 by default"
@@ -265,8 +265,8 @@ def main() -> None:
     parser.add_argument("--omega", type=float, default=0.5, help="share of the upper bound in the mixture")
     parser.add_argument("--train-head", action="store_true", help="train the output head too")
     parser.add_argument("--alone", help=argparse.SUPPRESS)  # measure the memory of this one alone
-    given = parsed(parser)
-    policy = policy_of(given)
+    given = parse(parser)
+    policy = make_policy(given)
     bench = Bench(policy, given)
     if given.alone is not None:
         sys.stdout.write(json.dumps(peak_alone(bench, given.alone)))
@@ -275,11 +275,11 @@ def main() -> None:
     checked = check(bench)
     if given.profile:
         for name, (draws, work) in bench.ways().items():
-            sys.stdout.write(profiled(name, partial(work, bench.samples(draws, seed=0))))
+            sys.stdout.write(profile(name, partial(work, bench.samples(draws, seed=0))))
     seconds = measure(bench)
-    rate = faster(rate, rates(given, policy))
+    rate = best_rates(rate, rates(given, policy))
     bytes_above = memory(bench, argv)
-    both = compared(seconds["plain"], seconds["ours"])
+    both = compare(seconds["plain"], seconds["ours"])
     others = {name: spread(taken) for name, taken in seconds.items() if name not in BOTH}
     floors = {}
     for name, (draws, _) in bench.ways().items():
@@ -289,7 +289,7 @@ def main() -> None:
         "benchmark": "update",
         "machine": machine(given.device),
         "versions": versions(),
-        "settings": settings_of(given, policy),
+        "settings": list_settings(given, policy),
         "rates": rate,
         "checked": checked,
         "seconds": both | others,

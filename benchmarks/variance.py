@@ -61,7 +61,7 @@ FIGURES = ("elbo", "eubo", "gradient")
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What R maskings of the same S sequences gave."""
 
     elbo: Tensor  # [R S]
@@ -100,7 +100,7 @@ def logps_of(module: Training, rollout: Rollout, samples: MaskedSamples) -> Tens
 
 def measure(
     module: Training, rollout: Rollout, masking: BlockRandom, bounds: Sequence[Any], repeats: range, only: int
-) -> Measured:
+) -> Measurement:
     """Mask `rollout` once for each number of `repeats`; gradients are taken for the first `only` of them."""
     lower, upper, mixture = bounds
     parameters = [p for p in module.policy.parameters() if p.requires_grad]
@@ -117,10 +117,10 @@ def measure(
         elbo.append(lower(logps, samples).sum(-1))
         eubo.append(upper(logps, samples).sum(-1))
     scale = len(repeats) * len(rollout.texts)
-    return Measured(torch.stack(elbo), torch.stack(eubo), torch.stack(gradients), passes / scale)
+    return Measurement(torch.stack(elbo), torch.stack(eubo), torch.stack(gradients), passes / scale)
 
 
-def variances(found: Measured) -> dict[str, Tensor]:
+def variances(found: Measurement) -> dict[str, Tensor]:
     """Return the squared distance of each masking's figures from their mean, [R] each; their sum over S."""
     return {
         name: (values - values.mean(0)).square().sum(-1) * len(values) / (len(values) - 1)
@@ -140,7 +140,7 @@ def interval(ours: Tensor, theirs: Tensor, scale: float, resamples: int = 2000) 
     return torch.quantile(ratios, torch.tensor([0.025, 0.975])).tolist()
 
 
-def row_of(found: Measured, against: Measured) -> dict[str, Any]:
+def make_row(found: Measurement, against: Measurement) -> dict[str, Any]:
     """Return means, variances, and variances for the same work relative to `against`."""
     row: dict[str, Any] = {"passes": found.passes}
     work = found.passes / against.passes
@@ -158,7 +158,7 @@ def row_of(found: Measured, against: Measured) -> dict[str, Any]:
     return row
 
 
-def compared(task: str, given: argparse.Namespace) -> dict[str, Any]:
+def compare(task: str, given: argparse.Namespace) -> dict[str, Any]:
     """Measure all ways with all numbers of draws on a task's base model."""
     cfg = config.compose("config", [f"task={task}", "trainer.threads=1", f"seed={given.seed}"])
     module = build_module(cfg)
@@ -182,7 +182,7 @@ def compared(task: str, given: argparse.Namespace) -> dict[str, Any]:
             )
             for name, (way, draws) in WAYS.items()
         }
-        rows = {name: row_of(one, found["independent"]) for name, one in found.items()}
+        rows = {name: make_row(one, found["independent"]) for name, one in found.items()}
         result["draws"][str(m)] = rows
         sys.stdout.write(table(f"{task}, m={m}", rows))
         sys.stdout.flush()
@@ -231,7 +231,7 @@ def main() -> None:
         "machine": machine("cpu"),
         "versions": versions(),
         "settings": {name: value for name, value in vars(given).items() if name != "output"},
-        "tasks": {task: compared(task, given) for task in given.tasks.split(",")},
+        "tasks": {task: compare(task, given) for task in given.tasks.split(",")},
         "seconds": time.perf_counter() - started,
     }
     write(result, given.output)

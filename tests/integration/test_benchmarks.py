@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common, omega, plain, rollout, update
-from benchmarks.laptop import PARTS, compared
+from benchmarks.laptop import PARTS, compare
 from spg.core.errors import RunError
 from tests.helpers import GOLDEN, ROOT, golden, golden_policy
 
@@ -29,7 +29,7 @@ SMALL = [
 
 
 def test_medians_quartiles_and_their_ratio() -> None:
-    row = compared([4.0, 2.0, 6.0], [1.0, 2.0, 3.0])
+    row = compare([4.0, 2.0, 6.0], [1.0, 2.0, 3.0])
     assert row["other"] == {"median": 4.0, "low": 2.0, "high": 6.0, "n": 3}
     assert row["this"]["median"] == 2.0
     assert row["ratio"] == 2.0
@@ -138,10 +138,10 @@ def test_memory_is_that_of_one_pass_in_a_process_of_its_own() -> None:
 
 
 def small_bench(temperature: float, *words: str) -> rollout.Bench:
-    given = common.parsed(common.parser_of("", 1), [*SMALL, *words])
+    given = common.parse(common.make_parser("", 1), [*SMALL, *words])
     for name, value in {"steps": 8, "full": False, "caches": ["none"], "lengths": []}.items():
         setattr(given, name, value)
-    return rollout.Bench(common.policy_of(given), given, temperature)
+    return rollout.Bench(common.make_policy(given), given, temperature)
 
 
 def test_other_tokens_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,11 +271,11 @@ def test_a_small_run_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_variances_are_those_of_the_sums() -> None:
     g = torch.Generator().manual_seed(0)
     elbo, eubo, slope = torch.randn(6, 3, generator=g), torch.randn(6, 3, generator=g), torch.randn(6, 9)
-    found = variance.variances(variance.Measured(elbo, eubo, slope, 2.0))
+    found = variance.variances(variance.Measurement(elbo, eubo, slope, 2.0))
     for name, values in (("elbo", elbo), ("eubo", eubo), ("gradient", slope)):
         assert float(found[name].mean()) == pytest.approx(float(values.var(0).sum()), rel=1e-5)
-    less = variance.row_of(
-        variance.Measured(elbo / 2, eubo, slope, 1.0), variance.Measured(elbo, eubo, slope, 2.0)
+    less = variance.make_row(
+        variance.Measurement(elbo / 2, eubo, slope, 1.0), variance.Measurement(elbo, eubo, slope, 2.0)
     )
     assert less["elbo"]["relative"] == pytest.approx(1 / 8)
     assert less["gradient"]["relative"] == pytest.approx(1 / 2)
