@@ -96,8 +96,21 @@ def api_index() -> str:
 
 
 def api(package: str) -> str:
-    """Return the page of a package: its modules, documented from their docstrings."""
-    return f"# spg.{package}\n\n" + "\n\n".join(f"::: {name}" for name in modules(package)) + "\n"
+    """Return the page of a package: its modules, documented from their docstrings.
+
+    What a package takes over from its modules is described with these.
+    """
+    lines = [f"# spg.{package}", ""]
+    for name in modules(package):
+        lines.append(f"::: {name}")
+        path = ROOT.joinpath(*name.split("."), "__init__.py")
+        if path.is_file():
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            own = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+            public = [name for name in own if not name.startswith("_")]
+            lines += ["    options:", f"      members: {public or 'false'}"]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def described(path: Path) -> str:

@@ -1,1 +1,1 @@
-"""Runs a program that a model wrote against tests, safely."""
+"""Run a program that a model wrote against unit tests, safely."""

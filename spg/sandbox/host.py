@@ -1,8 +1,9 @@
-"""Runs a program against unit tests in a cage, so that it can neither harm nor deceive.
+"""Run a program against unit tests in a cage, so that it can neither do harm nor fake a success.
 
-What holds depends on what the kernel grants here, and is asked of it once: namespaces with an unused user
-id (as root) or a user namespace (as any user). Where neither can be had, no program is run unless the user
-asks for less: `isolation=user_id`, an unused user id alone, or `none`. `spg.sandbox.guest` runs inside.
+What the cage guarantees depends on what the kernel grants: namespaces with an unused user id (as root), or
+a user namespace (as any user). This is tried once. If neither works, no program runs, unless the user asks
+for less: `isolation=user_id` (only an unused user id) or `isolation=none`. The code inside the cage is
+`spg.sandbox.guest`.
 """
 
 from __future__ import annotations
@@ -31,35 +32,35 @@ log = logging.getLogger(__name__)
 
 SCRIPT = Path(__file__).with_name("guest") / "__main__.py"
 NAMESPACES, USER, UID, NONE = "namespaces", "user namespace", "user id", "none"
-# by the setting, the strongest first; what does not wall in is only for who asks for it
+# for each setting, the strongest level first; levels without walls must be asked for
 LEVELS = {"auto": (NAMESPACES, USER), "user_id": (UID,), "none": (NONE,)}
-# seconds beyond the wall limit until a cage that does not report is ended from outside
+# seconds beyond the wall-clock limit until a silent cage is ended from outside
 GRACE = 5.0
 TAIL = 2000  # characters of the output that are kept
 
-# where `guest.isolation.CALLS` knows the system calls by their numbers
+# whether `guest.isolation.CALLS` knows the numbers of the system calls of this machine
 FILTERED = platform.machine() in ("x86_64", "aarch64") and sys.maxsize > 2**32
 _WALLS = (
-    "The program sees the system's libraries (/lib, /usr/lib) and the interpreter's lib folder without the "
-    "packages installed there, all read-only, and a /tmp of its own, empty at first, which goes with it: no "
-    "other file, no /proc, no environment, no other process.",
+    "The program sees the system's libraries (/lib, /usr/lib) and the interpreter's lib folder without "
+    "installed packages, all read-only, and a /tmp of its own, empty at first and deleted at the end. "
+    "It sees no other file, no /proc, no environment and no other process.",
     "It has no network, not even the local one.",
     "It runs as {who} without privileges and can't get any.",
     "When the run ends, fails or is killed, the kernel ends every process that came from it.",
-    "Shared memory, memory files, keyrings, tracing and sockets of unusual kinds are refused to it; memory "
-    "is bounded in all by the limit times the number of processes."
+    "It may not use shared memory, memory files, keyrings, tracing and sockets of unusual kinds. Its memory "
+    "in all is at most the limit times the number of processes."
     if FILTERED
     else "On this kind of machine NO system calls are refused to it: shared memory and memory files escape "
-    "the limit of memory, keyrings and sockets of unusual kinds are open.",
+    "the limit of memory, and it may use keyrings and sockets of unusual kinds.",
 )
 _LIMITS = (
-    "Wall-clock time, and for each process CPU time, memory and the size of a file, are limited; so is "
-    "what it may print.",
+    "Wall-clock time and the amount of output are limited; so are CPU time, memory and the size of a file "
+    "for each process.",
 )
 _COUNT = ("The number of processes is limited.",)
 _NO_WALLS = (
-    "The program has no environment, but it reads every file that {who} may read, and writes where that "
-    "user may: /tmp and /dev/shm too, up to what they hold.",
+    "The program has no environment, but it can read every file that {who} may read, and write where that "
+    "user may write, /tmp and /dev/shm included, as long as there is space.",
     "The network is NOT closed to it.",
 )
 GUARANTEES: dict[str, tuple[str, ...]] = {
@@ -78,9 +79,9 @@ GUARANTEES: dict[str, tuple[str, ...]] = {
     ),
     NONE: (
         *(w.format(who="the user who runs this") for w in _NO_WALLS),
-        "When the run ends, its descendants are killed, as far as they have not killed who does that.",
+        "When the run ends, its descendants are killed, unless they have killed the process that does so.",
         *_LIMITS,
-        "The number of processes is limited together with the user's others, for root not at all.",
+        "The number of processes is limited together with the user's others; for root it is not.",
     ),
 }
 
@@ -89,15 +90,20 @@ GUARANTEES: dict[str, tuple[str, ...]] = {
 class Outcome:
     """How a run in the cage ended.
 
-    kind: `passed` where every test did, else how the first other one ended: `failed`, `timeout`, `memory`,
-    `killed` (its process died) or `output` (it printed too much).
+    Attributes:
+        kind: `passed` if every test passed, else how the first other one ended: `failed`, `timeout`,
+            `memory`, `killed` (its process died) or `output` (it printed too much).
+        passed: Whether each test passed.
+        error: The error of the first test that did not pass.
+        seconds: Duration of the run.
+        output: The last characters that were printed.
     """
 
     kind: str
-    passed: tuple[bool, ...]  # for each test
-    error: str  # of the first test that did not pass
+    passed: tuple[bool, ...]
+    error: str
     seconds: float
-    output: str  # the last of what was printed
+    output: str
 
 
 def _limits(
@@ -113,16 +119,25 @@ def _limits(
 
 
 class CageError(Exception):
-    """The cage could not be built; the text says why."""
+    """The cage could not be built; the message says why."""
 
 
 class Cage:
-    """Runs programs, at most `workers` at a time, each within these limits; safe to use from threads.
+    """Runs programs within limits, from any thread.
 
-    wall_seconds bounds a run, of which a test may take half of what is left; cpu_seconds and memory_mb
-    bound each process, processes their number, disk_mb the temporary folder, output_bytes what is printed.
-    isolation: `auto` walls in as well as works here, `user_id` and `none` wall nothing in and say so in
-    the log. Raises InputError where it does not work.
+    Args:
+        wall_seconds: Limit of a run; one test may take half of the time that is left.
+        cpu_seconds: Limit of each process; None is a second more than wall_seconds.
+        memory_mb: Limit of each process.
+        processes: Largest number of processes.
+        output_bytes: Limit of the output.
+        disk_mb: Size of the temporary folder.
+        isolation: `auto` takes the strongest walls that work on this machine. `user_id` and `none` have no
+            walls, and a warning in the log says so.
+        workers: Number of programs to run at the same time; 0 is one for each CPU.
+
+    Raises:
+        InputError: if the isolation does not work on this machine.
     """
 
     def __init__(
@@ -146,15 +161,17 @@ class Cage:
             log.warning("isolation=%s: %s", isolation, " ".join(self.guarantees()))
 
     def guarantees(self) -> tuple[str, ...]:
-        """Return what holds for a program in this cage, in sentences."""
+        """Return what this cage guarantees, in sentences."""
         return GUARANTEES[self.level]
 
     def run(self, program: str, tests: Sequence[str] = ("import solution",)) -> Outcome:
-        """Run a program's text, then each test's text, which finds it as the module `solution`.
+        """Run the text of a program, then the text of each test, which imports it as the module `solution`.
 
-        A test passes where it runs to its end without raising. Each has a copy of the program as it was
-        after loading, and none where that failed; all share /tmp. Raises RuntimeError where the cage
-        itself breaks.
+        A test passes if it runs to its end without an exception. Each test gets its own copy of the program
+        as it was after loading; if loading failed, all tests fail. All tests share /tmp.
+
+        Raises:
+            RuntimeError: if the cage itself breaks.
         """
         with self._free:
             try:
@@ -167,7 +184,7 @@ _best: dict[str, str] = {}
 _warned: set[str] = set()
 _asking = threading.Lock()
 
-# what must not be possible in a cage that is said to have walls
+# what must be impossible in a cage with walls
 _PROBE = f"""
 import ctypes, fractions, socket
 def opens():
@@ -189,7 +206,7 @@ _HOLES = ("opens", "connects", "shares") if FILTERED else ("opens",)
 
 
 def best_level(isolation: str = "auto") -> str:
-    """Return the strongest level of an isolation that works here; raises InputError where none does."""
+    """Return the strongest level of an isolation that works here; raise InputError if none does."""
     with _asking:
         if isolation not in _best:
             _best[isolation] = _find_level(isolation)
@@ -199,7 +216,7 @@ def best_level(isolation: str = "auto") -> str:
 def _find_level(isolation: str) -> str:
     reasons = []
     for level in LEVELS[isolation]:
-        # the kernel never limits the number of root's processes, so root must become somebody else
+        # the kernel does not limit the number of processes of root, so root must take another user id
         if (level == USER) == (os.geteuid() == 0):
             reasons.append(f"{level}: {'not ' if level == USER else 'only '}for root")
             continue
@@ -215,19 +232,19 @@ def _find_level(isolation: str) -> str:
             return level
         reasons.append(f"{level}: {outcome.kind} {outcome.error} {outcome.output}".strip())
     raise InputError(
-        f"programs can't be walled in here ({'; '.join(reasons)}), so none is run. Let users make "
+        f"programs can't be walled in here ({'; '.join(reasons)}), so none is run. Allow user "
         "namespaces (sysctl user.max_user_namespaces above 0, kernel.unprivileged_userns_clone=1, "
         "kernel.apparmor_restrict_unprivileged_userns=0), or in a container grant CAP_SYS_ADMIN to root. "
-        "With less, by your leave: task.isolation=user_id, as root, keeps a program from your processes "
-        "and private files, but not from the network nor /tmp; task.isolation=none lets it do what you may"
+        "You may also ask for less: task.isolation=user_id, as root, keeps a program from your processes "
+        "and private files, but not from the network and /tmp; with task.isolation=none it can do all you can"
     )
 
 
-def unused_id() -> int:
-    """Return a user id that is mapped here and that nobody has; raises CageError where there is none."""
+def find_unused_id() -> int:
+    """Return a mapped user id that nobody has; raise CageError if there is none."""
     ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
     first, _, count = max(ranges, key=lambda r: r[2])
-    last = min(first + count, 2**31)  # larger ids are unusual, and negative to some
+    last = min(first + count, 2**31)  # larger ids are unusual, and negative to some programs
     taken = {entry.pw_uid for entry in pwd.getpwall()} | {65534}
     free = range(first + (last - first) // 2, last)
     for _ in range(100):
@@ -244,7 +261,7 @@ def _run(
         plan = {
             **limits,
             "walls": level in (NAMESPACES, USER),
-            "uid": unused_id() if level in (NAMESPACES, UID) else None,
+            "uid": find_unused_id() if level in (NAMESPACES, UID) else None,
             "parent": os.getpid(),
             "temporary": tempfile.gettempdir(),
         }
@@ -252,13 +269,13 @@ def _run(
             job.write(json.dumps({"program": program, "tests": list(tests)}).encode())
             job.seek(0)
             seen = _watch(plan, job.fileno(), output_bytes)
-    except OSError as short:  # of descriptors, processes or space
+    except OSError as short:  # too few descriptors, processes or bytes
         raise CageError(f"{type(short).__name__}: {short}") from short
     facts = [json.loads(line) for line in seen.reports.splitlines()]
     printed = seen.output.decode(errors="replace")[-TAIL:]
     if {"ready": True} not in facts:
         raise CageError(facts[0]["broken"] if facts else f"it ended without a word; it printed: {printed}")
-    # a program that did not load fails each test; a test without a report was cut off
+    # if the program did not load, each test fails; a test without a report was cut off
     loaded: list[str] = next(
         (fact["loaded"] for fact in facts if "loaded" in fact), [seen.cut or "killed", ""]
     )
@@ -273,7 +290,7 @@ def _run(
 
 @dataclass
 class _Seen:
-    """What came out of a cage; `cut` says why it was ended from outside, if it was."""
+    """What came out of a cage. `cut` says why it was ended from outside, or is empty."""
 
     reports: bytes = b""
     output: bytes = b""
@@ -281,10 +298,10 @@ class _Seen:
 
 
 def _watch(plan: dict[str, Any], job: int, output_bytes: int) -> _Seen:
-    """Start a cage and read what it says until it ends, prints too much or is late."""
+    """Start a cage and read what it writes until it ends, prints too much or is late."""
     seen = _Seen()
     here, low = os.pipe()
-    # above the standard ones, which the child's will replace, even where the parent has closed its own
+    # above 2, since the child replaces the standard descriptors, even if the parent has closed its own
     try:
         there = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3)
     except OSError:
@@ -292,7 +309,7 @@ def _watch(plan: dict[str, Any], job: int, output_bytes: int) -> _Seen:
         raise
     finally:
         os.close(low)
-    # no hash seed of chance: a program's sets keep their order from one run to the next
+    # with a fixed hash seed, the sets of a program have the same order in each run
     options = ["-s", "-S", "-P", "-u", "-X", "utf8"]
     command = [os.path.realpath(sys.executable), *options, str(SCRIPT)]
     try:
@@ -328,7 +345,7 @@ def _watch(plan: dict[str, Any], job: int, output_bytes: int) -> _Seen:
                 elif time.monotonic() > deadline:
                     seen.cut = "timeout"
     finally:
-        process.terminate()  # its keeper then ends all others
+        process.terminate()  # the keeper then ends all other processes
         try:
             process.wait(GRACE)
         except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""Where a task's examples come from: a local file or folder, or the data set's published place on the hub."""
+"""Where the examples of a task come from: a local file or folder, or the data set on the hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKED = ".gz"
 
 @dataclass(frozen=True)
 class Published:
-    """A data set on the hub: its name, configuration, split, and the columns that are needed."""
+    """A data set on the hub: its name, split, needed columns and configuration."""
 
     name: str
     split: str
@@ -27,10 +27,16 @@ class Published:
 
 
 def load(published: Published, path: str | None, option: str = "task.path") -> list[dict[str, Any]]:
-    """Return a data set's rows from `path`, a file or a folder with a file for the split, else from the hub.
+    """Return the rows of a data set from a path, or from the hub.
 
-    option: name of the setting that holds `path`, for the messages. Raises InputError where nothing can be
-    read there or columns are missing; without a network and a path it names both ways out.
+    Args:
+        published: The data set on the hub, with the columns that are needed.
+        path: A file, or a folder with a file for the split; None loads from the hub.
+        option: Name of the option that holds `path`, for messages.
+
+    Raises:
+        InputError: if the data cannot be read or columns are missing. Without a network and a path the
+            message names both ways out.
     """
     if path is not None:
         return read(_file(Path(path), published.split, option), published.columns, option)
@@ -53,20 +59,23 @@ def _file(path: Path, split: str, option: str) -> Path:
 
 
 def files_of(folder: Path, split: str) -> list[Path]:
-    """Return the files of a folder that a split may be read from, by their names."""
+    """Return the files of a folder whose names say that they hold a split."""
     names = [split + reader + packed for reader in READERS for packed in ("", PACKED)]
     return sorted(file for file in folder.iterdir() if file.name in names)
 
 
 def _kind(path: Path) -> str:
-    """Return a file's ending, without that of its packing."""
+    """Return the ending of a file, without that of its compression."""
     return path.with_suffix("").suffix if path.suffix == PACKED else path.suffix
 
 
 def read(path: Path, columns: Sequence[str], option: str = "task.path") -> list[dict[str, Any]]:
-    """Return the rows of a json, jsonl, csv or parquet file; raises InputError where it can't be used.
+    """Return the rows of a json, jsonl, csv or parquet file; all but parquet may be gzipped (.gz).
 
-    A CSV's cells stay text. All but parquet, which is packed in itself, may be packed by gzip (.gz).
+    The cells of a CSV file stay text.
+
+    Raises:
+        InputError: if the file cannot be used.
     """
     kind = _kind(path)
     reader = READERS.get(kind)
@@ -94,7 +103,7 @@ def read(path: Path, columns: Sequence[str], option: str = "task.path") -> list[
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a list of objects, or an object a line, with the values as they are."""
+    """Read a list of objects, or one object per line, with the values as they are."""
     import gzip
     import json
 
@@ -111,7 +120,7 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
                 except ValueError as error:
                     raise ValueError(f"line {number}: {error}") from error
     if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("expected an object a line, or a list of objects")
+        raise ValueError("expected one object per line, or a list of objects")
     return rows
 
 

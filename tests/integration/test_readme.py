@@ -6,7 +6,9 @@ import re
 import subprocess
 
 import pytest
+import yaml
 
+from spg import __version__
 from tests import documents
 from tests.helpers import ROOT
 
@@ -61,3 +63,16 @@ def test_demo_is_the_command_of_the_readme() -> None:
     assert MAKES == ["make demo", "make test"]
     demo = subprocess.run(["make", "demo", "-n"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     assert "-m spg.train task=sudoku estimator=mixture beta=1.5" in demo
+
+
+def test_the_citation_is_of_this_version_and_names_the_authors_of_the_readme() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    for author in citation["preferred-citation"]["authors"]:
+        assert f"{author['family-names']}, {author['given-names']}" in TEXT
+
+
+def test_the_workflow_does_what_the_script_does() -> None:
+    steps = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["test"]["steps"]
+    assert any(".ci/run" in step.get("run", "") for step in steps)
+    assert "make lint test" in (ROOT / ".ci" / "run").read_text()

@@ -257,6 +257,7 @@ class Remote:
         self.__dict__.update(_spg_connection=connection, _spg_number=number)
 
     def __call__(self, *values: Any, **named: Any) -> Any:
+        """Call the object on the other side."""
         return self._spg_connection.ask("call", self, *values, **named)
 
     def __iter__(self) -> Iterator[Any]:

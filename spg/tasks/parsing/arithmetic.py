@@ -1,4 +1,4 @@
-"""Arithmetic in a model's words: parsed into a tree and computed there, never run as a program."""
+"""Arithmetic in texts of a model: parsed into a tree and computed there, never run as a program."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
-# longest expression that is looked at; with it goes the size of every number
+# longest expression that is read; it also limits the size of every number
 MAX_CHARACTERS = 2000
-# largest whole number that a power may make, in bits
+# largest whole number that a power may have as its value, in bits
 MAX_BITS = 20_000
 
 _EXACT: Mapping[type, Callable[..., Any]] = {
@@ -36,7 +36,7 @@ _PYTHON = {**_EXACT, ast.FloorDiv: operator.floordiv, ast.Pow: _power}
 
 
 def exact_value(text: str) -> Fraction | None:
-    """Return the value of whole numbers, + - * / and parentheses, None where `text` is anything else."""
+    """Return the value of whole numbers, + - * / and parentheses, or None if the text has anything else."""
     tree = _parse(text)
     if tree is None or any(isinstance(n, ast.Constant) and type(n.value) is not int for n in ast.walk(tree)):
         return None
@@ -45,9 +45,9 @@ def exact_value(text: str) -> Fraction | None:
 
 
 def python_value(text: str) -> int | float | complex | None:
-    """Return what Python makes of numbers, + - * / // ** and parentheses; None where it makes no number.
+    """Return the value in Python of numbers, + - * / // ** and parentheses, or None if it is not a number.
 
-    Powers beyond 20,000 bits count as none. The authors' scorers evaluate any text of these characters.
+    Powers beyond 20,000 bits have no value here. The authors' scorers evaluate any text of these characters.
     """
     tree = _parse(text)
     return None if tree is None else _value(tree, _PYTHON, lambda constant: constant)
@@ -60,7 +60,7 @@ def _parse(text: str) -> ast.expr | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as "'int' object is not callable"
             return ast.parse(text, mode="eval").body
-    # the last two: too deep for the parser
+    # the last two if the text is nested too deeply for the parser
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
@@ -77,6 +77,6 @@ def _value(tree: ast.expr, operators: Mapping[type, Any], number: Callable[[Any]
 
     try:
         return of(tree)
-    # TypeError: of a complex number, as a root of a negative one is, Python has no floor
+    # TypeError: the root of a negative number is complex, and Python has no floor of it
     except (ValueError, TypeError, ArithmeticError, RecursionError):
         return None

@@ -1,6 +1,7 @@
-r"""Answers in LaTeX: \boxed{...}, and the MATH data set's equality of LaTeX answers.
+r"""Answers in LaTeX: \boxed{...}, and the rule by which the MATH data set compares answers.
 
-Rules of the released code, slips included; each takes time in proportion to the text, whatever it holds.
+The rules are those of the released code, mistakes included. The time of each is linear in the length of the
+text.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from spg.tasks.parsing.tags import CLOSE, OPEN
 SLIP = "\boxed"
 BOX = r"\boxed"
 
-# what the MATH data set's equality takes out or replaces first, in this order
+# what the rule of the MATH data set replaces first, in this order
 REPLACED = (
     ("\n", ""),
     (r"\!", ""),
@@ -27,7 +28,7 @@ REPLACED = (
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return what the released code takes for the last box's content, None where the box never closes.
+    r"""Return what the released code takes for the content of the last box, or None if it never closes.
 
     "\boxed 4$" comes before any \boxed{...}; a text without a box is its own content, and \fbox{5} stays so.
     """
@@ -45,7 +46,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def box_content(text: str) -> str | None:
-    r"""Return what the last closed \boxed{...} holds, stripped; None where there is none."""
+    r"""Return the stripped content of the last closed \boxed{...}, or None if there is none."""
     pieces = text.split(BOX + "{")
     for piece in reversed(pieces[1:]):
         box = _through_closing_brace("{" + piece)
@@ -55,7 +56,7 @@ def box_content(text: str) -> str | None:
 
 
 def _through_closing_brace(text: str) -> str | None:
-    """Return the text up to the closing brace that makes the braces even, None where none does."""
+    """Return the text up to the brace that closes the first one, or None if none does."""
     depth = 0
     for place, character in enumerate(text):
         if character == "{":
@@ -70,7 +71,11 @@ def _through_closing_brace(text: str) -> str | None:
 def boxed_in_answer(text: str, box: str = BOX) -> float:
     r"""Return the format score: 1 for tags with a box, 0.75 tags only, 0.5 box only, 0.25 neither.
 
-    box: what a box begins with; `SLIP` gives the released score. The first opening tag alone counts as tags.
+    Only the text after the first opening tag counts as inside.
+
+    Args:
+        text: The completion.
+        box: The beginning of a box; `SLIP` gives the released score.
     """
     _, opened, rest = text.partition(OPEN)
     inside = rest.partition(OPEN)[0].partition(CLOSE)[0] if opened else text
@@ -78,7 +83,7 @@ def boxed_in_answer(text: str, box: str = BOX) -> float:
 
 
 def is_equiv(first: str | None, second: str | None) -> bool:
-    """Return whether two LaTeX answers are the same by the MATH data set's rule; None is like None alone."""
+    """Return whether two LaTeX answers are equal by the rule of the MATH data set; None equals only None."""
     if first is None or second is None:
         return first is second
     try:
@@ -90,14 +95,16 @@ def is_equiv(first: str | None, second: str | None) -> bool:
 def normalize(text: str) -> str:
     r"""Return a LaTeX answer in the form that the MATH data set compares (Hendrycks et al., 2021).
 
-    Raises ValueError for what that rule fails on, such as two units, \sqrt or \frac at the end, or "a/b".
+    Raises:
+        ValueError: for texts on which that rule fails, such as two units, \sqrt or \frac at the end, or
+            "a/b".
     """
     for old, new in REPLACED:
         text = text.replace(old, new)
     text, *units = text.split(r"\text{ ")
     if len(units) > 1:
         raise ValueError("two units")
-    # taking "\%" out can leave another one, which the rule takes out too, but no third
+    # removing "\%" can leave another one; the rule removes that too, but not a third
     text = text.replace(r"\%", "").replace(r"\%", "")
     text = text.replace(" .", " 0.").replace("{.", "{0.")
     if text.startswith("."):

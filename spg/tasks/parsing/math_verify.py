@@ -1,9 +1,10 @@
-"""Equality of mathematical answers by math-verify, in a process of its own that can be killed.
+"""Equality of mathematical answers by the library math-verify, in a process of its own that can be killed.
 
-SymPy takes as long and as much memory as a text makes it (10^{10^{10}}), and holds the interpreter while it
-does. So a worker compares, one pair at a time; it is started at the first comparison, started anew where one
-took too long or too much, and ends with this process. Run as a script, this file is that worker, which
-imports nothing else of the package.
+SymPy may need any amount of time and memory for a text such as 10^{10^{10}}, and meanwhile holds the
+interpreter. So a worker process compares one pair at a time. It starts with the first comparison, starts
+again if one took too long or too much memory, and ends with this process. Run as a script, this file is
+that worker, and imports nothing else of the package. The option -P keeps this folder off its path, so that
+`math_verify` means the library there.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from pathlib import Path
 
 TIMEOUT = 5.0  # seconds for a comparison; real ones take milliseconds
 PATIENCE = 120.0  # seconds for the worker to start, on a busy machine
-LONGEST = 1000  # characters of an answer that is looked at; right ones have far fewer
+LONGEST = 1000  # characters of an answer that is compared; right answers have far fewer
 MEMORY = 2 * 2**30  # bytes of address space for the worker
 READY, RIGHT, WRONG = "ready", "right", "wrong"
 
-# words: more than a symbol's letters, and no LaTeX
+# a word: more letters than a symbol has
 WORDS = re.compile(r"[A-Za-z]{3}")
 
 
 class Worker:
-    """A process that compares answers; one comparison at a time, from whatever thread."""
+    """A process that compares answers, one comparison at a time, from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -41,29 +42,34 @@ class Worker:
         self._owner = 0
 
     def verify(self, gold: str, answer: str, timeout: float = TIMEOUT) -> bool:
-        """Return whether `answer` is worth `gold`, False where that takes more than `timeout` seconds.
+        """Return whether an answer equals the right one. The first call waits for the process to start.
 
-        Answers of more than LONGEST characters are wrong. The first call waits for the worker to start;
-        raises RunError where it can't.
+        Args:
+            gold: The right answer.
+            answer: The answer to compare. More than LONGEST characters are wrong.
+            timeout: Seconds after which the result is False.
+
+        Raises:
+            RunError: if the process cannot start.
         """
         if max(len(gold), len(answer)) > LONGEST:
             return False
         with self._lock:
-            # a forked process has its parent's worker in its memory, but must not talk to it
+            # a forked process has the worker of its parent in memory, but must not talk to it
             if self._process is None or self._owner != os.getpid():
-                self._process, self._owner = _started(), os.getpid()
+                self._process, self._owner = _start_worker(), os.getpid()
             reply = None
             try:
                 request = json.dumps({"gold": gold, "answer": answer, "timeout": timeout})
                 reply = _exchange(self._process, request, timeout + 1)
             finally:
-                # after an interruption too: the reply to come must not be taken for the next one's
+                # after an interruption too, since the late reply must not be taken for the next one
                 if reply is None:
                     self._end()
             return reply == RIGHT
 
     def close(self) -> None:
-        """End the process, if there is one; the next comparison starts another."""
+        """End the process, if there is one; the next comparison starts another one."""
         with self._lock:
             self._end()
 
@@ -74,23 +80,23 @@ class Worker:
             process.communicate()
 
 
-def _started() -> subprocess.Popen[bytes]:
-    """Start a worker and wait until it is ready; raises RunError where it does not get that far."""
+def _start_worker() -> subprocess.Popen[bytes]:
+    """Start a worker and wait until it is ready; raise RunError if it does not get ready."""
     process = subprocess.Popen(
-        # -P keeps this file's folder, whose modules are no top-level ones, from the worker's path
+        # -P keeps the folder of this file off the path of the worker
         [sys.executable, "-P", str(Path(__file__).resolve())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         bufsize=0,
-        # the order of SymPy's terms, and so its way to a result, depends on hashes
+        # the order of terms in SymPy, and so its way to a result, depends on hashes
         env={**os.environ, "PYTHONHASHSEED": "0"},
-        # not to be reached by Ctrl-C, which asks a run to stop only after the update at hand
+        # out of reach of Ctrl-C, since a run stops only after the current update
         start_new_session=True,
     )
     reply = _exchange(process, "", PATIENCE)
     if reply != READY:
-        from spg.core.errors import RunError  # not at the top, where the worker would need it too
+        from spg.core.errors import RunError  # not at the top: the worker imports nothing of the package
 
         process.kill()
         process.communicate()
@@ -102,7 +108,7 @@ def _started() -> subprocess.Popen[bytes]:
 
 
 def _exchange(process: subprocess.Popen[bytes], request: str, timeout: float) -> str | None:
-    """Send a line and return the line that comes back, None where none comes in time."""
+    """Send a line and return the reply, or None if none comes in time."""
     assert process.stdin is not None
     assert process.stdout is not None
     deadline = time.monotonic() + timeout
@@ -128,22 +134,22 @@ atexit.register(_worker.close)
 
 
 def verify(gold: str, answer: str, timeout: float = TIMEOUT) -> bool:
-    """Return whether math-verify holds `answer` to be worth `gold`; see `Worker.verify`."""
+    """Return whether an answer equals the right one by math-verify; see `Worker.verify`."""
     return _worker.verify(gold, answer, timeout)
 
 
 def _serve() -> None:
-    """Answer requests from standard input until it ends, as the worker."""
-    # a library that prints must not write into the replies
+    """As the worker, answer requests from standard input until it ends."""
+    # if a library prints, its text must not get into the replies
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # past its time a comparison ends the process, wherever it is, even if nobody is there to kill it
+    # a comparison that takes too long ends the process, even if nobody is there to kill it
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     logging.disable()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        _same("1", "1")
+        _are_equal("1", "1")
         status = READY
     except Exception as error:  # noqa: BLE001  # whatever it is, the other side tells the user
         status = " ".join(f"{type(error).__name__}: {error}".split())
@@ -151,20 +157,20 @@ def _serve() -> None:
         if line.strip():
             request = json.loads(line)
             signal.setitimer(signal.ITIMER_REAL, request["timeout"])
-            status = RIGHT if _same(request["gold"], request["answer"]) else WRONG
+            status = RIGHT if _are_equal(request["gold"], request["answer"]) else WRONG
             signal.setitimer(signal.ITIMER_REAL, 0)
         replies.write(f"{status}\n")
         replies.flush()
 
 
-def _same(gold: str, answer: str) -> bool:
+def _are_equal(gold: str, answer: str) -> bool:
     from math_verify import verify as same
 
     return same(_read(gold), _read(answer), timeout_seconds=None)
 
 
 def _read(answer: str) -> list[object]:
-    """Return what math-verify reads in an answer: as text where it has words or dollars, else as LaTeX."""
+    """Return what math-verify reads in an answer: as a text if it has words or dollars, else as LaTeX."""
     from math_verify import parse
 
     as_latex = f"${answer}$"

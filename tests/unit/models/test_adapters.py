@@ -207,7 +207,10 @@ def test_a_folder_that_can_t_be_evaluated_is_refused_before_weights_are_read(
     monkeypatch.setattr(checkpoints, "build_policy", None)
     given = f"adapter={finished / 'adapter'}"
     for lines, words in (
-        ([f"adapter={tmp_path}"], "is no PEFT folder: it has no adapter_config.json; give the one that the"),
+        (
+            [f"adapter={tmp_path}"],
+            "is no PEFT folder: it has no adapter_config.json; give the folder",
+        ),
         ([f"adapter={finished}"], f"no adapter_config.json; give adapter={finished / 'adapter'}"),
         ([given, f"run={finished}"], "can't be given together"),
         ([given, "generations=x.jsonl"], "adapter=.* can't be given with generations"),
