@@ -39,6 +39,7 @@ class SharedBlock(BlockRandom):
 
     @property
     def sharing(self) -> int:
+        """Number of draws that share a block."""
         return 2
 
 

@@ -115,7 +115,7 @@ def trained_adapter(trained: DictConfig, source: Path) -> Any:
 
 
 def checkpoint(run: Path, which: str) -> Path:
-    """Return the weights that `checkpoint=which` names; raises ConfigError where they are not there."""
+    """Return the weights that `checkpoint=which` names; raise ConfigError if they are missing."""
     if which not in PLACES:
         path = Path(which)
         if path.suffix in (".ckpt", ".safetensors") and path.is_file():
@@ -135,7 +135,7 @@ def checkpoint(run: Path, which: str) -> Path:
 
 
 def destination(cfg: DictConfig, whole: bool) -> Path:
-    """Return the folder to make; raises ConfigError where there is something already."""
+    """Return the folder to make; raise ConfigError if it exists already."""
     name = "export" if whole else "export-adapter"
     output = Path(cfg.run) / name if cfg.output is None else Path(cfg.output)
     if output.exists():

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from spg.config import renames
-from spg.config.options import files
+from spg.config.options import files, folder_of_user
 
 
 def load_saved(path: Path) -> DictConfig | None:
@@ -25,13 +25,19 @@ def load_saved(path: Path) -> DictConfig | None:
     return renames.update_paths(cfg) if isinstance(cfg, DictConfig) else None
 
 
-def shipped_option(group: str, node: Any) -> tuple[str, DictConfig] | None:
-    """Return name and settings of the shipped option of a group that has the classes of `node`, or None."""
+def shipped_option(group: str, node: Any, own: Path | None = None) -> tuple[str, DictConfig] | None:
+    """Return name and settings of the option of a group that has the classes of `node`, or None.
+
+    Args:
+        group: `model`, or a group whose options have one class, as `task`.
+        node: What a configuration holds for that group.
+        own: A folder of the user's, whose options count too.
+    """
     found: list[tuple[str, DictConfig]] = []
     keys_of = ("network._target_", "tokenizer._target_") if group == "model" else ("_target_",)
-    for path in files(group):
+    for path in files(group, own):
         option = load_saved(path) or OmegaConf.create()
-        option = option.task if group == "task" else option
+        option = option.get("task", option) if group == "task" else option
         classes = [OmegaConf.select(option, key) for key in keys_of]
         if OmegaConf.is_config(node) and classes == [OmegaConf.select(node, key) for key in keys_of]:
             option.pop("defaults", None)
@@ -46,10 +52,10 @@ def task_of_run(argv: Sequence[str]) -> str | None:
     given = dict(line.lstrip("+").partition("=")[::2] for line in argv if not line.startswith("-"))
     if "task" in given or not given.get("run"):
         return None
-    found = set()
+    found, own = set(), folder_of_user(argv)
     for run in given["run"].split(","):
         cfg = load_saved(Path(run.strip("'\"")) / "config.yaml")
-        option = None if cfg is None else shipped_option("task", cfg.get("task"))
+        option = None if cfg is None else shipped_option("task", cfg.get("task"), own)
         found.add(option and option[0])
     name = found.pop() if len(found) == 1 else None
     return None if name is None else f"task={name}"

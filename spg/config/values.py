@@ -14,10 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from spg.config import parts, source
 from spg.config.errors import ConfigError
-from spg.config.names import keys, nearest
+from spg.config.knobs import unread_knobs
+from spg.config.names import nearest
+from spg.config.options import files, groups
 from spg.config.renames import current_path
+from spg.config.saved import load_saved
 from spg.config.settings import NODES
-from spg.core.limits import LIMITS
 from spg.core.rules import allows, words
 
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
@@ -112,10 +114,30 @@ def rules(cfg: DictConfig) -> dict[str, list[Any]]:
             key = f"{node.key}.{name}" if node.key else name
             if node.part is not None and not node.part.open and name not in known:
                 _refuse(node, name)
-            if known.get(name) is not None and not (name in LIMITS and "Annotated" not in repr(known[name])):
+            if known.get(name) is not None:
                 own = found.setdefault(_key_of_value(cfg, node.cfg, name, key), [])
                 own += [known[name]] if known[name] not in own else []
+    for knob in unread_knobs(cfg):
+        if knob not in found and (rule := _rule_of_shipped(knob)) is not None:
+            found[knob] = [rule]
     return found
+
+
+@cache
+def _rule_of_shipped(knob: str) -> Any:
+    """Return the rule of a root key that no selected part reads, from a shipped part that reads it.
+
+    A multirun may select such a part in another job.
+    """
+    for path in (path for group in groups() for path in files(group)):
+        if f"${{{knob}}}" not in path.read_text(encoding="utf-8"):
+            continue
+        option: Any = OmegaConf.to_container(load_saved(path) or DictConfig({}))
+        names = [name for name, value in option.items() if value == f"${{{knob}}}"]
+        part = parts.read(option["_target_"]) if names and "_target_" in option else None
+        if part is not None and part.rule(names[0]) is not None:
+            return part.rule(names[0])
+    return None
 
 
 @cache
@@ -162,10 +184,3 @@ def check_values(cfg: DictConfig) -> None:
         for rule in own:
             if not allows(rule, value):
                 raise ConfigError(f"{key}={value}: out of range; allowed: {words(rule)}")
-    for key in keys(cfg):
-        name = key.rpartition(".")[2]
-        if name in LIMITS:
-            value = OmegaConf.select(cfg, key)
-            value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-            if not LIMITS[name].allows(value):
-                raise ConfigError(f"{key}={value}: out of range; allowed: {LIMITS[name].words}")

@@ -40,7 +40,7 @@ def build_policy(cfg: DictConfig, find_base: Callable[[DictConfig], Path] = base
 
     Weights are base, published, random or those of a file. Trained weights, of the network or of an adapter,
     are float32; others have the type model.dtype, or 4 bits. Networks with other than base weights are built
-    where they are used, tensor by tensor.
+    on the device that uses them, tensor by tensor.
 
     Args:
         cfg: Configuration of a run or of another command.

@@ -74,7 +74,7 @@ def rolling(
     return ends, np.array([w.mean() for w in windows]), np.array([w.std() for w in windows])
 
 
-def over_seeds(
+def mean_over_seeds(
     runs: Sequence[tuple[Sequence[int], Sequence[float]]], window: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the mean over seeds of the rolling mean, and its standard deviation over seeds.
@@ -125,7 +125,7 @@ def plot_comparison(series: Sequence[Series], name: str, path: Path, column: str
     ends, lows = [], []
     for axes, group in zip(grid.flat, panels.values(), strict=False):
         for i, one in enumerate(group):
-            at, mean, sd = over_seeds(one.runs, window)
+            at, mean, sd = mean_over_seeds(one.runs, window)
             label, drawn = axis.label(one.setting), axis.line(one.setting)
             if axis.numeric:
                 tick = one.setting[axis.numeric]

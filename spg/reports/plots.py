@@ -18,6 +18,9 @@ from spg.reports.points import Point, best
 from spg.reports.styles import BLACK, BLUE, GREY, KNOWN, ORANGE
 from spg.reports.tables import value_text
 
+# dots per inch of the files
+DPI = 130
+
 
 def column(rows: Sequence[Mapping[str, str]], name: str) -> tuple[list[int], list[float]]:
     """Return (updates, values) of a column of metrics.csv, without the rows that have no value."""
@@ -27,7 +30,7 @@ def column(rows: Sequence[Mapping[str, str]], name: str) -> tuple[list[int], lis
 
 def save(figure: Any, path: Path) -> Path:
     """Write a figure to a file, close it, and return the path."""
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=DPI)
     plt.close(figure)
     return path
 

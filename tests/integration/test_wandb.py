@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,11 +111,16 @@ def test_without_an_account_it_logs_offline_and_says_how_to_send_it(
         assert told == f"wandb sync {folder}/wandb/offline-*"
     # what the line says, as a shell takes it
     program = shlex.join([sys.executable, "-m", "wandb"])
-    code, text = call(
-        ["sh", "-c", f"{program} {told.removeprefix('wandb ')} --dry-run"], without_account(tmp_path)
+    done = subprocess.run(
+        ["sh", "-c", f"{program} {told.removeprefix('wandb ')} --dry-run"],
+        env=without_account(tmp_path),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert code == 0, text
-    assert "Would sync 2 run(s)" in text
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Would sync 2 run(s)" in done.stdout + done.stderr
 
 
 def test_a_resumed_run_is_one_run_in_two_folders(resumed: tuple[Path, str, str]) -> None:

@@ -48,6 +48,10 @@ def count_of_share(totals: Tensor, shares: Tensor) -> Tensor:
 class MaskingStrategy(ABC):
     """Makes M masked copies of each sequence of a rollout.
 
+    A class can declare facts for the configuration check (`spg.config.parts`): `fresh_each_update = False` if
+    all inner updates get the same masks, `needs_commit_steps = True` if it follows the decoding steps, and
+    `draws_in_pairs = "..."` with the kind of pairs if num_mc must be even.
+
     Args:
         prompt_mask_prob: Probability of masking each token of the prompt and of clean blocks.
         region: `to_eos` scores positions up to the first EOS, `all` also those after it.

@@ -32,6 +32,9 @@ class ObjectiveResult:
 class Objective(Protocol):
     """What the update minimises.
 
+    A class can declare facts for the configuration check (`spg.config.parts`): `needs_sums = True` if its
+    estimator must return sums over tokens, `completions_per_prompt = 2` if it needs groups of that size.
+
     Attributes:
         needs: What must be computed besides the policy's log-probabilities: `reference`, those of the
             model before training; `old`, those of the policy that made the rollout.

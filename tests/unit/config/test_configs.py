@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 
 from spg import config
 from spg.core.errors import InputError
-from spg.core.limits import LIMITS
 from tests.helpers import ROOT
 
 OPTIONS = {
@@ -67,30 +66,37 @@ def test_symbols_reach_the_constructors() -> None:
     assert config.compose("config", ["decoding=full_sequence"]).decoding.block_size == 24
 
 
-def test_every_number_and_choice_has_a_limit() -> None:
-    """A number without a limit would be checked nowhere."""
+def test_every_number_and_choice_has_a_rule() -> None:
+    """A number without a rule would be checked nowhere."""
     free = {"weights", "project", "entity", "path", "output", "run", "wandb", "experiment", "resume"}
     free |= {"sweep", "measure", "page", "file", "lora", "generations", "prompt_file", "train_path"}
     free |= {"adapter", "checkpoint", "revision", "mask_token", "eos_token", "pad_token"}
     given = {"config": ["logger=wandb", "model.lora=default"], "reproduce": ["file=x"], "export": ["run=x"]}
     for primary in ("config", "evaluate", "export", "pretrain", "pairs", "figures", "reproduce"):
         cfg = config.compose(primary, given.get(primary, []))
+        rules = config.rules(cfg)
+        raw = OmegaConf.to_container(cfg, resolve=False)
         for key in config.keys(cfg):
             name = key.rpartition(".")[2]
-            if key.startswith("styles.") or name in free:
+            if (
+                key.startswith("styles.")
+                or name in free
+                or key in rules
+                or (primary, key) == ("evaluate", "parser")
+            ):
                 continue
-            value = OmegaConf.select(cfg, key)
-            if not OmegaConf.is_config(value) or OmegaConf.is_list(value):
-                assert name in LIMITS, key
+            written = raw
+            for part in key.split("."):
+                written = written[part]
+            assert str(written).startswith("${"), f"{key} has no rule, and follows no key that has one"
 
 
 def test_null_is_all_held_out_rows_where_they_are_read_and_refused_where_they_are_made() -> None:
     for name in ("gsm8k", "math500", "humaneval", "mbpp"):
         assert config.build(config.compose("config", [f"task={name}"]).task).eval_size is None
     for name in ("sudoku", "countdown"):
-        cfg = config.compose("config", [f"task={name}", "task.eval_size=null"])
-        with pytest.raises(InputError, match=r"task\.eval_size=null: .* give how many, as"):
-            config.build(cfg.task)
+        with pytest.raises(InputError, match=r"task\.eval_size=None: .*examples of this task are generated"):
+            config.compose("config", [f"task={name}", "task.eval_size=null"])
 
 
 MISTAKES = [
@@ -113,6 +119,10 @@ MISTAKES = [
     ("optimizer.betas=[0.9]", ["allowed: two numbers"]),
     ("task.min_empty=12 task.max_empty=4", ["task.min_empty=12 is above task.max_empty=4"]),
     ("algorithm.normalization=elbo_weight", ["algorithm.objective.length_weighting=false"]),
+    ("algorithm=wd1 beta=-1", ["beta=-1", "allowed: a number above 0"]),
+    ("--multirun estimator=elbo,eubo beta=1,-1", ["beta=-1", "allowed: a number above 0"]),
+    ("task=gsm8k task.parser=exact", ["task.parser=exact", "allowed: one of: math_verify, d1, spg"]),
+    ("tuned.prompt_mask_prob=2 tuned=paper", ["tuned.prompt_mask_prob=2", "allowed: a number from 0 to 1"]),
     ("beta=1,2", ["--multirun"]),
     ("+nonsense=3", ["'nonsense'"]),
     ("+task.shorts=3", ["nearest: task.shots"]),

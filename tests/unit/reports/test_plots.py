@@ -14,7 +14,7 @@ from spg.cli.figures import report_sweep
 from spg.config import CONF_DIR
 from spg.reports import dynamics, plots
 from spg.reports.axis import Axis
-from spg.reports.dynamics import over_seeds, plot_comparison, plot_panels, read_series, rolling
+from spg.reports.dynamics import mean_over_seeds, plot_comparison, plot_panels, read_series, rolling
 from spg.reports.plots import plot_sweep
 from spg.reports.points import points
 from spg.reports.styles import BLUE, ESTIMATORS, KNOWN, METHODS, OTHERS, style
@@ -39,11 +39,11 @@ def test_rolling_window_is_that_of_a_plain_loop() -> None:
 def test_the_band_is_the_spread_of_the_seeds() -> None:
     """The seeds' rolling means over 2 updates, and not the values, give line and band."""
     runs = [([1, 2, 3], [0.0, 1.0, 2.0]), ([1, 2, 3], [2.0, 3.0, 4.0]), ([2], [float("nan")])]
-    at, mean, sd = over_seeds(runs, 2)
+    at, mean, sd = mean_over_seeds(runs, 2)
     assert at.tolist() == [1, 2, 3]
     np.testing.assert_allclose(mean, [1.0, 1.5, 2.5])
     np.testing.assert_allclose(sd, np.sqrt(2.0))  # of 0 and 2, 0.5 and 2.5, 1.5 and 3.5, with n - 1
-    at, mean, sd = over_seeds([([1, 3], [1.0, 2.0]), ([2], [5.0])], 1)
+    at, mean, sd = mean_over_seeds([([1, 3], [1.0, 2.0]), ([2], [5.0])], 1)
     np.testing.assert_allclose(mean, [1.0, 3.0, 3.5])
     np.testing.assert_allclose(sd[0], 0.0)
 
@@ -54,10 +54,10 @@ def test_missing_rewards_are_no_zeros(sweep: Path) -> None:
     jobs = read_jobs(sweep)
     series = read_series(jobs, ["estimator", "beta", "seed"], "reward")
     assert (series[0].setting, len(series[0].runs)) == ({"estimator": "eubo", "beta": 0.5}, 3)
-    at, mean, _ = over_seeds(series[0].runs, 4)
+    at, mean, _ = mean_over_seeds(series[0].runs, 4)
     assert at.tolist() == [1, 3, 5, 7]
     np.testing.assert_allclose(mean, [0.1, 0.2, 0.4, 0.6])
-    at, mean, sd = over_seeds(read_series(jobs, ["estimator", "beta"], "grad_norm")[0].runs, 4)
+    at, mean, sd = mean_over_seeds(read_series(jobs, ["estimator", "beta"], "grad_norm")[0].runs, 4)
     assert at.tolist() == list(range(1, 9))
     np.testing.assert_allclose(mean, 2.0)  # over seeds: 1, 2, 3
     np.testing.assert_allclose(sd, 1.0)
@@ -77,7 +77,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_figures_are_drawn(case: str, tmp_path: Path) -> None:
+def test_figures_are_drawn(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "DPI", 40)  # faster
     keys = list(SETTINGS[case][0])
     folder = make_sweep(tmp_path / "s", [*keys, "seed"])
     for i, setting in enumerate(SETTINGS[case]):
@@ -91,7 +92,7 @@ def test_figures_are_drawn(case: str, tmp_path: Path) -> None:
     assert [path.name for path in paths[4:]] == [f"{name}.png" for name in names]
     for path in paths[4:]:
         assert path.read_bytes().startswith(b"\x89PNG")
-        assert path.stat().st_size > 10_000
+        assert path.stat().st_size > 2_000
     assert not matplotlib.pyplot.get_fignums(), "figures stay open"
 
 
