@@ -35,7 +35,7 @@ def save_weights(network: nn.Module, path: str | Path, metadata: Mapping[str, st
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write tensors that share no memory, and metadata, to `path`, under a temporary name first."""
+    """Write tensors [...] that share no memory, and metadata, to `path`, under a temporary name first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
