@@ -149,7 +149,7 @@ def load_published(
         place: A published folder, or a safetensors file.
         dtype: Type of the parameters.
         device: Device of the parameters.
-        convert: Makes a parameter from its name and tensor, or returns None to leave that to this function.
+        convert: Makes a parameter from its name and tensor [...], or returns None to leave that to this one.
 
     Returns:
         The number of files that were read.
