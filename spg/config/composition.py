@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import hydra
@@ -19,6 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from spg.config.errors import ConfigError
 from spg.config.names import is_known, keys, nearest
 from spg.config.options import CONF_DIR, OPTIONAL, group_choices, groups
+
+# paths of files and the times of their last change
+Stamp = tuple[tuple[str, int], ...]
 
 OmegaConf.register_new_resolver("ceil_div", lambda a, b: -(-int(a) // int(b)), replace=True)
 
@@ -60,9 +64,22 @@ def compose_unchecked(primary: str, overrides: Sequence[str]) -> DictConfig:
 def compose_open(primary: str, lines: Sequence[str], with_hydra: bool = False) -> DictConfig:
     """Compose inside `open_hydra`; raises ConfigError."""
     try:
-        return hydra.compose(primary, list(lines), return_hydra_config=with_hydra)
+        return _compose(_stamp(), primary, tuple(lines), with_hydra).copy()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(" ".join(str(error).split())) from error
+
+
+@lru_cache(maxsize=64)
+def _compose(stamp: Stamp, primary: str, lines: tuple[str, ...], with_hydra: bool) -> DictConfig:
+    return hydra.compose(primary, list(lines), return_hydra_config=with_hydra)
+
+
+def _stamp() -> Stamp:
+    """Return what tells whether any file that Hydra could read has changed."""
+    search = GlobalHydra.instance().config_loader().get_search_path()
+    folders = [Path(part.path.removeprefix("file://")) for part in search.get_path() if part.path]
+    files = sorted(file for folder in folders if folder.is_dir() for file in folder.rglob("*.yaml"))
+    return tuple((str(file), file.stat().st_mtime_ns) for file in files)
 
 
 def parse_overrides(lines: Sequence[str]) -> list[Override]:

@@ -266,20 +266,7 @@ class Policy(nn.Module):
             `negative_entropy` is that of the distribution, in nats.
         """
         with self.autocast():
-            if cache is not None and cache.filled:
-                assert window is not None
-                at = Positions(columns - window.start)
-                states = self.network.hidden(tokens[:, window], mask, at, cache, window.start)
-            elif shared:
-                rows = torch.cat([tokens if mask is None else 2 * tokens + mask, columns], dim=1)
-                first, which = distinct_rows(rows)
-                own = None if mask is None else mask[first]
-                few = self.network.hidden(tokens[first], own, Positions(columns[first]), cache)
-                states = few.view(len(first), -1, few.shape[-1])[which].flatten(0, 1)
-                if cache is not None:
-                    cache.select(which)
-            else:
-                states = self.network.hidden(tokens, mask, Positions(columns), cache)
+            states = self._states_at(tokens, mask, columns, shared, cache, window)
         noise = None if noise is None or temperature == 0 else noise.flatten()
         size = rows_at_once(self.network.head_width, states.device)
         if noise is not None and states.device.type == "cuda":
@@ -292,6 +279,30 @@ class Policy(nn.Module):
             for i in pieces
         ]
         return tuple(torch.cat(parts).view_as(columns) for parts in zip(*found, strict=True))
+
+    def _states_at(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        columns: Tensor,
+        shared: bool,
+        cache: Cache | None,
+        window: slice | None,
+    ) -> Tensor:
+        """Return the last layer's states [N * K D] at `columns` [N K]; see `propose`."""
+        if cache is not None and cache.filled:
+            assert window is not None
+            at = Positions(columns - window.start)
+            return self.network.hidden(tokens[:, window], mask, at, cache, window.start)
+        if not shared:
+            return self.network.hidden(tokens, mask, Positions(columns), cache)
+        rows = torch.cat([tokens if mask is None else 2 * tokens + mask, columns], dim=1)
+        first, which = distinct_rows(rows)
+        own = None if mask is None else mask[first]
+        few = self.network.hidden(tokens[first], own, Positions(columns[first]), cache)
+        if cache is not None:
+            cache.select(which)
+        return few.view(len(first), -1, few.shape[-1])[which].flatten(0, 1)
 
     def _choose(
         self, states: Tensor, temperature: float, noise: Tensor | None, measures: Sequence[Measure]

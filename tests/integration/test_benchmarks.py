@@ -85,6 +85,7 @@ def ran(main, monkeypatch: pytest.MonkeyPatch, path: Path, *words: str) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.long
 def test_rollouts_are_checked_then_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,7 @@ def test_a_jobs_directory_goes_back_on_the_command_line_as_it_is(serial: tuple[P
             resume(str(folder), [])
 
 
+@pytest.mark.long
 def test_side_by_side_they_are_the_same_jobs_and_one_that_fails_stops_no_other(
     serial: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -149,6 +150,7 @@ def test_side_by_side_they_are_the_same_jobs_and_one_that_fails_stops_no_other(
     assert same_run(serial[0] / "estimator-elbo_seed-2", broken.parent.parent)
 
 
+@pytest.mark.long
 def test_one_job_fails_and_the_command_that_is_named_does_only_this_one(
     serial: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -194,6 +196,7 @@ def test_a_killed_multirun_goes_on_with_the_same_command(serial: tuple[Path, str
         assert same_run(serial[0] / f"estimator-elbo_seed-{seed}", folder / f"seed-{seed}")
 
 
+@pytest.mark.long
 def test_what_other_commands_left_undone_is_not_this_ones_failure(
     serial: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -259,6 +262,7 @@ def test_a_job_that_is_resumed_by_itself_stays_in_its_group(serial: tuple[Path, 
     assert groups == ["sweep", None]
 
 
+@pytest.mark.long
 def test_the_default_directory_is_the_commands_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def directory(*argv: str) -> str:
         plan = config.preflight("config", list(argv))
@@ -322,6 +326,7 @@ def test_names_of_odd_values_are_plain_and_distinct(monkeypatch: pytest.MonkeyPa
     assert job_name(["seed=1"]) == "job"
 
 
+@pytest.mark.long
 def test_keys_are_swept_under_the_names_they_are_given_by() -> None:
     def swept(*argv: str) -> tuple[str, ...]:
         plan = config.preflight("config", list(argv))

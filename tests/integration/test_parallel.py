@@ -73,6 +73,7 @@ def test_two_processes_give_the_update_of_one(tmp_path: Path, loss_norm: str, mo
         assert summaries[0][name] == pytest.approx(summaries[1][name], abs=1e-9)
 
 
+@pytest.mark.long
 def test_the_first_process_alone_writes_and_resuming_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "two"
     lines = [*QUICK, *SMALL, *TWO, f"hydra.run.dir={folder}"]
@@ -95,7 +96,7 @@ def test_the_first_process_alone_writes_and_resuming_goes_on(tmp_path: Path) -> 
     close(tmp_path / "one", folder)
 
 
-@pytest.mark.parametrize("victim", ["other", "first"])
+@pytest.mark.parametrize("victim", ["other", pytest.param("first", marks=pytest.mark.long)])
 def test_when_one_process_dies_the_others_end(tmp_path: Path, victim: str) -> None:
     folder = tmp_path / "two"
     lines = [*QUICK, *TWO, "trainer.max_updates=4000", "task.eval_size=4", f"hydra.run.dir={folder}"]
@@ -124,6 +125,7 @@ def test_when_one_process_dies_the_others_end(tmp_path: Path, victim: str) -> No
     assert torch.load(folder / "checkpoints/last.ckpt")["spg"]["updates"] >= 4, "whole"
 
 
+@pytest.mark.long
 def test_an_error_of_the_first_process_is_the_one_that_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "two"
     lines = [*QUICK, *TWO, "task.eval_size=4", f"hydra.run.dir={folder}"]
@@ -137,6 +139,7 @@ def test_an_error_of_the_first_process_is_the_one_that_is_told(tmp_path: Path) -
     assert "ended unexpectedly" not in text
 
 
+@pytest.mark.long
 def test_jobs_of_a_multirun_with_several_processes_follow_each_other(tmp_path: Path) -> None:
     lines = [*QUICK, *SMALL, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1,2"]
     run("train", "--multirun", *lines, f"hydra.sweep.dir={tmp_path / 'sweep'}")

@@ -67,7 +67,7 @@ def test_killed_at_random_and_resumed_it_is_the_same_run(whole: Path, tmp_path: 
             assert ours[key] == value, key
 
 
-@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_killed_while_a_checkpoint_is_written(whole: Path, tmp_path: Path, number: int) -> None:
     """The first time there is none yet, so that the run begins anew; both times it is the same run."""
     folder = tmp_path / "killed"
@@ -227,6 +227,7 @@ def test_a_row_that_a_kill_cut_short_is_dropped(stopped: Path, tmp_path: Path) -
     assert same_run(train_here(tmp_path / "whole"), stopped)
 
 
+@pytest.mark.long
 def test_killed_before_the_first_last_checkpoint_it_goes_on_from_the_best(
     stopped: Path, tmp_path: Path
 ) -> None:
@@ -236,6 +237,7 @@ def test_killed_before_the_first_last_checkpoint_it_goes_on_from_the_best(
     assert same_run(train_here(tmp_path / "whole"), stopped)
 
 
+@pytest.mark.long
 def test_sigterm_in_the_first_evaluation_stops_after_the_first_rollout(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         faults.terminated_at_first_evaluation("", patch.setattr)
@@ -269,6 +271,7 @@ def test_fewer_updates_than_were_done_are_refused(stopped: Path) -> None:
     assert everything(stopped) == before
 
 
+@pytest.mark.long
 def test_killed_after_the_last_update_it_still_gets_its_summary(tmp_path: Path) -> None:
     """Nothing is left to train; evaluation, weights and summary are made."""
     folder = train_here(tmp_path / "run")
@@ -294,6 +297,7 @@ def test_from_a_checkpoint_that_was_kept(tmp_path: Path) -> None:
     assert (first / "checkpoints" / "replaced.ckpt").is_file(), "the later one is not thrown away"
 
 
+@pytest.mark.long
 def test_going_back_forgets_a_best_checkpoint_that_is_no_longer_of_the_run(tmp_path: Path) -> None:
     """What the summary reports at the best update is that update's model."""
     lines = (

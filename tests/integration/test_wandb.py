@@ -155,6 +155,7 @@ def test_the_rows_are_those_of_metrics_csv(resumed: tuple[Path, str, str]) -> No
     assert before[4]["samples/nrows"] == 3, "the table of sample completions, which no CSV holds"
 
 
+@pytest.mark.long
 def test_the_jobs_of_a_multirun_are_runs_of_one_group(tmp_path: Path) -> None:
     """Where W&B's own variable asks for offline, it is respected; jobs share a process and are still two."""
     lines = ["-m", *TINY, "trainer.max_updates=2", "trainer.samples_every=0", "estimator=elbo,mixture"]

@@ -50,6 +50,7 @@ def test_a_layer_is_one_program_and_gives_the_same(adapted: bool) -> None:
     assert counters["stats"]["unique_graphs"] <= 6
 
 
+@pytest.mark.long
 def test_the_number_of_programs_does_not_grow_with_the_layers() -> None:
     programs = []
     for layers in (2, 5):

@@ -305,7 +305,7 @@ class Table(nn.Module):
 
     def hidden(self, tokens: Tensor, mask: Tensor | None, at: Positions, cache: None) -> Tensor:
         """Return the logits at `at`; a row tells its number by its only prompt token."""
-        return at.take(self.table[(tokens[:, :1] - 5), at.columns - 1])
+        return at.select(self.table[(tokens[:, :1] - 5), at.columns - 1])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return what `hidden` found."""

@@ -113,7 +113,7 @@ def test_evaluation_of_no_run_is_refused(tmp_path: Path) -> None:
 
 def test_mistakes_found_in_the_job_are_one_line(tmp_path: Path) -> None:
     text = run("train", "task.path=missing.csv", folder=tmp_path, check=False)
-    assert "missing.csv is no file" in text
+    assert "missing.csv is not a file" in text
     assert "Traceback" not in text
     (tmp_path / "w.safetensors").write_bytes(b"no weights")
     text = run("train", f"model.weights={tmp_path / 'w.safetensors'}", folder=tmp_path, check=False)
