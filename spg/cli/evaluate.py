@@ -65,13 +65,14 @@ def resume(path: str, overrides: list[str]) -> None:
     """Go on with the evaluation in the folder `path`.
 
     Raises:
-        ConfigError: if it is no evaluation, or a finished one, or an override would change its figures.
+        ConfigError: if it is not an evaluation, or a finished one, or an override would change its figures.
     """
     folder = Path(path)
     cfg = config.load_saved(folder / "config.yaml")
     if cfg is None or "generations" not in cfg:
         raise ConfigError(
-            f"resume={path} is no evaluation's directory; give the one that `python -m spg.evaluate` printed"
+            f"resume={path} is not the directory of an evaluation; give the one that "
+            "`python -m spg.evaluate` printed"
         )
     changed = apply_changes(cfg, overrides, folder, CHANGEABLE)
     config.check(changed)

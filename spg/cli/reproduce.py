@@ -17,7 +17,9 @@ def job(cfg: DictConfig) -> None:
     """Compute again what stopped a run, from the file alone, and show it sequence by sequence."""
     path = Path(cfg.file)
     if not path.is_file():
-        raise ConfigError(f"file={cfg.file} is no file; give the one that the error of the stopped run named")
+        raise ConfigError(
+            f"file={cfg.file} is not a file; give the one that the error of the stopped run named"
+        )
     from spg.core.console import take_over_logging
     from spg.training.reproduce import reproduce
 

@@ -223,7 +223,8 @@ def check_preferences(cfg: DictConfig) -> None:
         )
     if not Path(path).is_file():
         raise ConfigError(
-            f"preferences.path={path} is no file; give one with a pair a line, as `python -m spg.pairs` makes"
+            f"preferences.path={path} is not a file; give one with a pair on each line, as "
+            "`python -m spg.pairs` makes"
         )
     masking = _node(cfg, "masking")
     if masking.fact("needs_commit_steps", False):

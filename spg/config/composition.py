@@ -37,7 +37,9 @@ def open_hydra(own: Path | None = None) -> Iterator[None]:
     search = create_config_search_path(str(CONF_DIR))
     if own is not None:
         if not own.is_dir():
-            raise ConfigError(f"--config-dir {own} is no directory; give the folder of your own YAML files")
+            raise ConfigError(
+                f"--config-dir {own} is not a directory; give the folder of your own YAML files"
+            )
         search.prepend("command-line", f"file://{own}", "schema")
     GlobalHydra.instance().clear()
     Hydra.create_main_hydra2(task_name="spg", config_search_path=search)

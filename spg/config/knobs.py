@@ -49,5 +49,5 @@ def notes(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
             if key == group or key.startswith(f"{name}."):
                 lines.append(f"Warning: {line} is read by no selected part and changes nothing.")
     if "beta" in cfg and "beta" not in unread and cfg.beta < 1:
-        lines.append(f"Note: with beta={cfg.beta}, below 1, the EUBO is no upper bound.")
+        lines.append(f"Note: with beta={cfg.beta}, below 1, the EUBO is not an upper bound.")
     return lines

@@ -21,7 +21,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
         ValueError: if `n` is 0 or `right` is not from 0 to `n`.
     """
     if not 0 <= right <= n or n == 0:
-        raise ValueError(f"{right} of {n} is no proportion")
+        raise ValueError(f"{right} of {n} is not a proportion")
     centre = (right + Z**2 / 2) / (n + Z**2)
     half = Z / (n + Z**2) * math.sqrt(right * (n - right) / n + Z**2 / 4)
     # rounding must not move an end beyond 0 or 1

@@ -140,7 +140,9 @@ def adapter_settings(folder: Path) -> dict[str, str]:
         inner = folder / "adapter"
         has_inner = (inner / path.name).is_file()
         remedy = f"adapter={inner}" if has_inner else "the folder adapter/ that a run with LoRA leaves"
-        raise ConfigError(f"adapter={folder} is no PEFT folder: it has no adapter_config.json; give {remedy}")
+        raise ConfigError(
+            f"adapter={folder} is not a PEFT folder: it has no adapter_config.json; give {remedy}"
+        )
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
     except (OSError, ValueError, AttributeError) as error:

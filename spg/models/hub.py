@@ -117,8 +117,8 @@ def sizes(target: str, fields: Mapping[str, Any], where: Path | str) -> dict[str
     missing = [size for size, value in found.items() if value is None]
     if missing:
         raise InputError(
-            f"{where} is no config.json of {name}: it has no {', '.join(missing)}; choose the model that it "
-            "describes (model=...), or another model.path"
+            f"{where} is not a config.json of {name}: it has no {', '.join(missing)}; choose the model that "
+            "it describes (model=...), or another model.path"
         )
     return found
 
@@ -160,7 +160,7 @@ def fetch(path: str, revision: str | None, files: Sequence[str]) -> Path:
         return Path(path)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is None:
         raise InputError(
-            f"model.path={path} is no folder, nor the name of a model on the hub (owner/name); give one"
+            f"model.path={path} is not a folder, nor the name of a model on the hub (owner/name); give one"
         )
     import huggingface_hub
 

@@ -70,7 +70,7 @@ class SavedLoRA:
 
         path = Path(self.folder) / "adapter_config.json"
         if not path.is_file():  # else peft would look for it on the hub
-            raise ValueError(f"{self.folder} is no PEFT folder: it has no adapter_config.json")
+            raise ValueError(f"{self.folder} is not a PEFT folder: it has no adapter_config.json")
         try:
             found = PeftConfig.from_pretrained(self.folder)
         except (KeyError, TypeError, ValueError) as error:
@@ -137,7 +137,7 @@ def _check_shapes(adapter: Any, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     if not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} is no PEFT folder: it has no adapter_config.json")
+        raise ValueError(f"{folder} is not a PEFT folder: it has no adapter_config.json")
     own = get_peft_model_state_dict(adapter, save_embedding_layers=False)
     there = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = tensor_shapes(folder)
@@ -164,7 +164,7 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file ({error}); give another") from error
+        raise ValueError(f"{path} is not a safetensors file ({error}); give another") from error
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     """Load a network from `path`; raise ValueError if the file is missing, broken or of another network."""
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is no file but a folder; give its safetensors file")
+        raise ValueError(f"{path} is not a file but a folder; give its safetensors file")
     found = list_tensors(path)
     groups = _match_names(network, found, path)
     own = network.state_dict()
@@ -79,7 +79,7 @@ def list_tensors(place: Path) -> dict[str, StoredTensor]:
     listed: dict[str, list[str]] | None = None
     if not place.is_dir():
         if not place.is_file():
-            raise ValueError(f"{place} is no file; give safetensors weights, or model.weights=base")
+            raise ValueError(f"{place} is not a file; give safetensors weights, or model.weights=base")
         files = [place]
     elif (place / INDEX).is_file():
         listed = _read_index(place / INDEX)
@@ -104,7 +104,7 @@ def list_tensors(place: Path) -> dict[str, StoredTensor]:
                 own = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{path} is no safetensors file, or not a whole one ({error}); get it, or make it, again"
+                f"{path} is not a safetensors file, or not a whole one ({error}); get it, or make it, again"
             ) from error
         if listed is not None and (wrong := sorted(set(listed[path.name]) ^ own.keys())):
             kind = "is not in it" if wrong[0] not in own else "is in it unnamed"
@@ -121,11 +121,11 @@ def _read_index(index: Path) -> dict[str, list[str]]:
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not isinstance(places, dict) or not places:
-            raise TypeError("weight_map is no list of tensors and files")
+            raise TypeError("weight_map is not a list of tensors and files")
         files: dict[str, list[str]] = {}
         for name, file in places.items():
             if not isinstance(file, str) or Path(file).name != file:
-                raise TypeError(f"{name} is in {file!r}, which is no file of the folder")
+                raise TypeError(f"{name} is in {file!r}, which is not a file of the folder")
             files.setdefault(file, []).append(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} can't be read ({error!r}); get it again") from error
@@ -308,12 +308,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} is no file; give a checkpoint that spg.train wrote")
+        raise ValueError(f"{path} is not a file; give a checkpoint that spg.train wrote")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ValueError(f"{path} can't be read as a checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict) or "spg" not in checkpoint or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is no checkpoint of spg.train")
+        raise ValueError(f"{path} is not a checkpoint of spg.train")
     return checkpoint

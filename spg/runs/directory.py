@@ -32,7 +32,7 @@ def read_config(folder: Path) -> DictConfig:
     cfg = config.load_saved(folder / "config.yaml")
     if cfg is None or "trainer" not in cfg:
         raise ConfigError(
-            f"{folder / 'config.yaml'} is no run's configuration; give the directory that "
+            f"{folder / 'config.yaml'} is not the configuration of a run; give the directory that "
             "`python -m spg.train` printed at its end"
         )
     return cfg
@@ -54,8 +54,8 @@ def read_updated_config(path: str) -> DictConfig:
     cfg = config.load_saved(Path(path) / "config.yaml")
     if cfg is None or "trainer" not in cfg:
         raise ConfigError(
-            f"run={path} is no run's directory: it has no config.yaml of one; give the directory that "
-            "`python -m spg.train` printed at its end"
+            f"run={path} is not the directory of a run: it has no config.yaml of one; give the directory "
+            "that `python -m spg.train` printed at its end"
         )
     other = f"run={path} is of another version of this project"
     remedy = "evaluate it with that version, which its summary.json names (git_commit)"

@@ -90,7 +90,7 @@ def resume(path: str, overrides: Sequence[str], train: Train) -> None:
     folder = target.parent.parent if target.suffix == ".ckpt" else target
     if not (folder / "config.yaml").is_file():
         raise ConfigError(
-            f"resume={path} is no run's directory: it has no config.yaml; give the directory that "
+            f"resume={path} is not the directory of a run: it has no config.yaml; give the directory that "
             "`python -m spg.train` printed, or a checkpoint in it"
         )
     before = read_config(folder)

@@ -77,11 +77,13 @@ def read_sweep(folder: Path) -> Sweep:
         ConfigError: if there is no such file, or if it can't be read.
     """
     if not folder.is_dir():
-        raise ConfigError(f"sweep={folder} is no directory; give the one that a multirun printed at its end")
+        raise ConfigError(
+            f"sweep={folder} is not a directory; give the one that a multirun printed at its end"
+        )
     if not (folder / "sweep.json").is_file():
         raise ConfigError(
-            f"sweep={folder} is no multirun's directory: it has no sweep.json; give the one that a multirun "
-            "printed at its end, or committed results with sweep.json and runs.csv"
+            f"sweep={folder} is not the directory of a multirun: it has no sweep.json; give the one that "
+            "a multirun printed at its end, or committed results with sweep.json and runs.csv"
         )
     record = _read_json(folder / "sweep.json")
     return Sweep(record["name"], record["command"], list(record["swept"]))

@@ -177,7 +177,9 @@ class Cage:
             try:
                 return _run(program, tests, self.level, self.limits, self.output_bytes)
             except CageError as error:
-                raise RuntimeError(f"the cage ({self.level}) broke, which is no verdict: {error}") from None
+                raise RuntimeError(
+                    f"the cage ({self.level}) broke, which is not a verdict: {error}"
+                ) from None
 
 
 _best: dict[str, str] = {}

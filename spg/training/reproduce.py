@@ -42,7 +42,7 @@ def reproduce(path: Path) -> bool:
         what, update, config = record["what"], record["update"], record["config"]
     except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise ConfigError(
-            f"{path} is no file that a stopped run left ({error}); give the one that its error named"
+            f"{path} is not a file that a stopped run left ({error}); give the one that its error named"
         ) from error
     cfg = OmegaConf.create(update_paths(config))
     assert isinstance(cfg, DictConfig)

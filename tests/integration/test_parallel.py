@@ -135,7 +135,7 @@ def test_an_error_of_the_first_process_is_the_one_that_is_told(tmp_path: Path) -
     assert "ZeroDivisionError: planted" in text
     assert read_status(folder)["error"] == "planted"
     text = run("train", *lines[:-1], f"model.weights={tmp_path / 'none'}", folder=tmp_path / "x", check=False)
-    assert "is no file" in text
+    assert "is not a file" in text
     assert "ended unexpectedly" not in text
 
 

@@ -165,7 +165,7 @@ def of_another_model(path: Path) -> None:
         (break_in_half, "can't be read as a checkpoint"),
         (lambda path: path.write_bytes(b""), "can't be read as a checkpoint"),
         (lambda path: path.write_text("hello"), "can't be read as a checkpoint"),
-        (make_foreign, "is no checkpoint of spg.train"),
+        (make_foreign, "is not a checkpoint of spg.train"),
         (of_another_run, "belongs to a run with seed=17, this one has seed=0"),
         (of_another_model, "does not fit the model: policy.network"),
     ],
@@ -215,7 +215,7 @@ def test_options_of_the_command_line_are_refused_beside_resume(stopped: Path) ->
 def test_a_finished_run_stays_one_when_a_resume_is_refused(tmp_path: Path) -> None:
     folder = train_here(tmp_path / "run", "trainer.max_updates=4", "task.eval_size=4")
     make_foreign(folder / "checkpoints" / "other.ckpt")
-    with pytest.raises(RunError, match="is no checkpoint"):
+    with pytest.raises(RunError, match="is not a checkpoint"):
         resume(str(folder / "checkpoints" / "other.ckpt"), [])
     assert read_status(folder)["state"] == "finished"
 
@@ -333,7 +333,7 @@ def test_two_at_work_on_one_run_are_refused(stopped: Path) -> None:
 
 def test_no_run_to_resume(tmp_path: Path) -> None:
     text = run("train", f"resume={tmp_path}", check=False)
-    assert "is no run's directory" in text
+    assert "is not the directory of a run" in text
     assert text.strip().count("\n") == 0
 
 

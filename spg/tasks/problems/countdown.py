@@ -181,7 +181,7 @@ def read_problems(path: str, option: str) -> list[Example]:
     """Read problems from a json, jsonl, csv or parquet file.
 
     Raises:
-        InputError: if the file cannot be read, or a row is no problem.
+        InputError: if the file cannot be read, or a row is not a problem.
     """
     file = Path(path)
     if not file.is_file():

@@ -160,7 +160,7 @@ def read_puzzles(path: str | Path) -> list[Example]:
     """Read puzzles from a CSV file with the columns Puzzle and Solution.
 
     Raises:
-        ValueError: if the file cannot be used; the message names the line that is no puzzle with its
+        ValueError: if the file cannot be used; the message names the line that is not a puzzle with its
             solution.
     """
     path = Path(path)

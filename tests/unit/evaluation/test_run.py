@@ -268,9 +268,9 @@ def test_lightning_is_quiet_when_base_weights_are_made_on_the_way(
 def test_what_can_t_go_on_is_refused(whole: Path, trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds an evaluation already"):
         evaluated(whole)
-    with pytest.raises(ConfigError, match="is no evaluation's directory"):
+    with pytest.raises(ConfigError, match="is not the directory of an evaluation"):
         evaluate.resume(str(trained), [])
-    with pytest.raises(ConfigError, match="is no run's configuration"):
+    with pytest.raises(ConfigError, match="is not the configuration of a run"):
         resume(str(whole), [])
     cut(whole, tmp_path / "cut", 3, half=False)
     with pytest.raises(ConfigError, match=r"a run goes on with its own settings \(seed=0"):

@@ -84,7 +84,7 @@ def test_a_model_is_asked_in_its_own_style(trained: Path, tmp_path: Path) -> Non
         ),
         (["generations=x.jsonl", "run=y"], "run=y can't be given with generations"),
         (["generations=x.jsonl", "split=test"], "split=test can't be given with generations"),
-        (["run=missing"], "run=missing is no run's directory"),
+        (["run=missing"], "run=missing is not the directory of a run"),
         (["select=best"], "allowed: one of: validation, test_average"),
         (["split=train"], "allowed: one of: auto, validation, test, heldout"),
         (["parser=nonsense"], "parser=nonsense"),

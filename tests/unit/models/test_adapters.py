@@ -112,7 +112,7 @@ def test_an_adapter_that_does_not_fit_is_refused(finished: Path, tmp_path: Path)
     other = build_policy(config.compose("config", ["model.lora=default", "model.lora.r=8"]))
     with pytest.raises(ValueError, match=r"does not fit .* is \(16, 64\) in it and \(8, 64\)"):
         other.load_adapter(finished / "adapter")
-    with pytest.raises(ValueError, match="is no PEFT folder"):
+    with pytest.raises(ValueError, match="is not a PEFT folder"):
         other.load_adapter(tmp_path)
 
 
@@ -209,7 +209,7 @@ def test_a_folder_that_can_t_be_evaluated_is_refused_before_weights_are_read(
     for lines, words in (
         (
             [f"adapter={tmp_path}"],
-            "is no PEFT folder: it has no adapter_config.json; give the folder",
+            "is not a PEFT folder: it has no adapter_config.json; give the folder",
         ),
         ([f"adapter={finished}"], f"no adapter_config.json; give adapter={finished / 'adapter'}"),
         ([given, f"run={finished}"], "can't be given together"),
@@ -225,7 +225,7 @@ def test_a_folder_that_can_t_be_evaluated_is_refused_before_weights_are_read(
     copy = tmp_path / "copy"
     shutil.copytree(finished / "adapter", copy)
     for name, text, words in (
-        ("adapter_model.safetensors", "no tensors", "is no safetensors file"),
+        ("adapter_model.safetensors", "no tensors", "is not a safetensors file"),
         ("adapter_model.safetensors", None, r"has no adapter_model\.safetensors"),
         ("adapter_config.json", '{"peft_type": "LOHA"}', "of kind LOHA can't be evaluated; only LORA"),
         ("adapter_config.json", "no JSON", "can't be read"),

@@ -321,7 +321,7 @@ def test_what_can_t_be_exported_is_refused(adapted: Path, whole: Path, tmp_path:
     (tmp_path / "there").mkdir()
     runs.write_config(runs.read_config(whole), tmp_path)
     for overrides, words in (
-        ([f"run={tmp_path / 'none'}"], "is no run's directory"),
+        ([f"run={tmp_path / 'none'}"], "is not the directory of a run"),
         ([f"run={adapted}", f"output={tmp_path / 'there'}"], "is there already; remove it, or give another"),
         ([f"run={tmp_path}"], r"has no checkpoints/best\.ckpt yet; train it first"),
         ([f"run={adapted}", "checkpoint=newest"], "neither best nor last, nor a .ckpt or"),

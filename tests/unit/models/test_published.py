@@ -294,7 +294,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "file cut off": (
         lambda f: os.truncate(f / SHARD.format(3), 5000),
-        r"00003-of-00003\.safetensors is no safetensors file, or not a whole one",
+        r"00003-of-00003\.safetensors is not a safetensors file, or not a whole one",
     ),
     "no index": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": []}'),

@@ -114,5 +114,5 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="its tokenizer can't be loaded"):
         pretrained(str(folder))
-    with pytest.raises(InputError, match="is no folder, nor the name of a model"):
+    with pytest.raises(InputError, match="is not a folder, nor the name of a model"):
         pretrained(str(tmp_path / "none"))

@@ -164,7 +164,7 @@ def test_errors_name_the_remedy(sweep: Path, tmp_path: Path) -> None:
             report_sweep(folder, tmp_path / "out", measure, 4)
         return str(caught.value)
 
-    assert "is no directory" in answer(tmp_path / "nowhere")
+    assert "is not a directory" in answer(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "has no sweep.json" in answer(tmp_path / "empty")
     assert answer(sweep, "length").endswith("allowed: accuracy, solved")

@@ -292,7 +292,7 @@ def test_mistakes_are_answered_before_a_job_starts(tmp_path: Path) -> None:
     assert cfg.group_size == 2
     for key, value, words in (
         ("group_size", 8, r"group_size=8, but .* give group_size=2"),
-        ("preferences.path", "nowhere", r"preferences\.path=nowhere is no file; .*spg\.pairs"),
+        ("preferences.path", "nowhere", r"preferences\.path=nowhere is not a file; .*spg\.pairs"),
         ("preferences.path", "???", r"preferences\.path must be given"),
     ):
         other = cfg.copy()

@@ -390,7 +390,7 @@ def test_nothing(x):
 # --- programs that want to pass without being right --------------------------------------------------
 
 
-# how a program gets hold of its own end of the connection, which is no module that it could import
+# how a program gets hold of its own end of the connection, which is not a module that it could import
 REACH = """
 import gc
 Connection = next(c for c in gc.get_objects() if type(c) is type and c.__name__ == 'Connection')
@@ -999,7 +999,7 @@ def test_nothing_runs_where_nothing_walls_in(
         assert Cage(isolation="none").level == NONE
         assert Cage(isolation="user_id").level == UID
     assert [record.message.count("NOT closed") for record in caplog.records] == [1, 1]
-    with pytest.raises(RuntimeError, match=r"\(none\) broke, which is no verdict: unshare"):
+    with pytest.raises(RuntimeError, match=r"\(none\) broke, which is not a verdict: unshare"):
         Cage(isolation="none").run(RIGHT)
     monkeypatch.setattr(os, "geteuid", lambda: 1)
     monkeypatch.setattr(host, "_best", {})
@@ -1056,7 +1056,7 @@ def test_a_parent_without_free_descriptors_gets_no_verdict(tmp_path: Path) -> No
         "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
         "try:\n    while True: held.append(os.open('/dev/null', 0))\nexcept OSError: pass\n"
         f"for _ in range(6):\n    try: said.write(cage.run({RIGHT!r}, [{TEST!r}]).kind + ' ')\n"
-        "    except RuntimeError as error: said.write(str('which is no verdict' in str(error)) + ' ')\n"
+        "    except RuntimeError as error: said.write(str('which is not a verdict' in str(error)) + ' ')\n"
         "    os.close(held.pop())\n"
     )
     assert set(run_apart(text, tmp_path).split()) == {"True"}

@@ -107,7 +107,7 @@ def test_evaluation_of_a_run_and_of_the_base(quick: Path, tmp_path: Path) -> Non
 
 def test_evaluation_of_no_run_is_refused(tmp_path: Path) -> None:
     text = run("evaluate", f"run={tmp_path}", check=False)
-    assert "is no run's directory" in text
+    assert "is not the directory of a run" in text
     assert "Traceback" not in text
 
 
@@ -117,7 +117,7 @@ def test_mistakes_found_in_the_job_are_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in text
     (tmp_path / "w.safetensors").write_bytes(b"no weights")
     text = run("train", f"model.weights={tmp_path / 'w.safetensors'}", folder=tmp_path, check=False)
-    assert "is no safetensors file" in text
+    assert "is not a safetensors file" in text
     assert "Traceback" not in text
 
 
