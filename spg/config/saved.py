@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def shipped_option(group: str, node: Any, own: Path | None = None) -> tuple[str,
     found: list[tuple[str, DictConfig]] = []
     keys_of = ("network._target_", "tokenizer._target_") if group == "model" else ("_target_",)
     for path in files(group, own):
-        option = load_saved(path) or OmegaConf.create()
+        option = _read_option(path, path.stat().st_mtime_ns).copy()
         option = option.get("task", option) if group == "task" else option
         classes = [OmegaConf.select(option, key) for key in keys_of]
         if OmegaConf.is_config(node) and classes == [OmegaConf.select(node, key) for key in keys_of]:
@@ -45,6 +46,12 @@ def shipped_option(group: str, node: Any, own: Path | None = None) -> tuple[str,
     # several models have the same classes and differ in where their weights are
     same = [pair for pair in found if pair[1].get("path") == node.get("path")]
     return next(iter(same + found), None)
+
+
+@lru_cache(maxsize=256)
+def _read_option(path: Path, changed: int) -> DictConfig:
+    """Return an option as its file stands; `changed` is when the file last changed."""
+    return load_saved(path) or OmegaConf.create()
 
 
 def task_of_run(argv: Sequence[str]) -> str | None:

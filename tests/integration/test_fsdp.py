@@ -70,6 +70,7 @@ def test_one_process_with_slices_goes_on_where_it_was(tmp_path: Path) -> None:
     same_checkpoints(tmp_path / "plain", tmp_path / "parts")
 
 
+@pytest.mark.long
 def test_weights_are_float32_where_the_computation_is_not(tmp_path: Path) -> None:
     lines = [*SMALL, "trainer.max_updates=2", "task.eval_size=4", "model.precision=bf16-mixed"]
     folder = train_here(tmp_path / "run", *FSDP, "trainer.devices=1", *lines)

@@ -209,6 +209,7 @@ def test_what_other_commands_left_undone_is_not_this_ones_failure(
     assert "4 of 5 jobs finished" in done.stdout
 
 
+@pytest.mark.long
 def test_jobs_of_another_configuration_are_left_alone(serial: tuple[Path, str], tmp_path: Path) -> None:
     folder = tmp_path / "other"
     shutil.copytree(serial[0], folder)
@@ -367,6 +368,7 @@ def jobs_of(folder: Path, *argv: str) -> list[set[str]]:
     return [set(line.split()[1:]) for line in done.stdout.splitlines() if line.startswith("job: ")]
 
 
+@pytest.mark.long
 def test_the_command_line_takes_the_place_of_a_sweep_files_values(tmp_path: Path) -> None:
     jobs = jobs_of(tmp_path, "seed=4", "-cd", str(ROOT / "sweeps"), "-cn", "omega")
     assert jobs == [{f"omega={omega}", "seed=4"} for omega in ("0", "0.25", "0.5", "0.75", "1", "auto")]

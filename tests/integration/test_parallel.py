@@ -51,7 +51,11 @@ def close(one: Path, two: Path) -> None:
     ("loss_norm", "more"),
     [
         ("group", ("trainer.micro_batch_size=37", "advantage=shifted", "algorithm.objective.kl_coef=0.01")),
-        ("batch", ("estimator=eubo", "trainer.prompts_per_rollout=2", "group_size=2", "seed=4")),
+        pytest.param(
+            "batch",
+            ("estimator=eubo", "trainer.prompts_per_rollout=2", "group_size=2", "seed=4"),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_two_processes_give_the_update_of_one(tmp_path: Path, loss_norm: str, more: tuple[str, ...]) -> None:
@@ -96,7 +100,8 @@ def test_the_first_process_alone_writes_and_resuming_goes_on(tmp_path: Path) -> 
     close(tmp_path / "one", folder)
 
 
-@pytest.mark.parametrize("victim", ["other", pytest.param("first", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("victim", ["other", "first"])
 def test_when_one_process_dies_the_others_end(tmp_path: Path, victim: str) -> None:
     folder = tmp_path / "two"
     lines = [*QUICK, *TWO, "trainer.max_updates=4000", "task.eval_size=4", f"hydra.run.dir={folder}"]

@@ -67,7 +67,8 @@ def test_killed_at_random_and_resumed_it_is_the_same_run(whole: Path, tmp_path: 
             assert ours[key] == value, key
 
 
-@pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.long), 3])
+@pytest.mark.long
+@pytest.mark.parametrize("number", [1, 3])
 def test_killed_while_a_checkpoint_is_written(whole: Path, tmp_path: Path, number: int) -> None:
     """The first time there is none yet, so that the run begins anew; both times it is the same run."""
     folder = tmp_path / "killed"
@@ -287,6 +288,7 @@ def test_killed_after_the_last_update_it_still_gets_its_summary(tmp_path: Path) 
         assert summaries[0][key] == summaries[1][key]
 
 
+@pytest.mark.long
 def test_from_a_checkpoint_that_was_kept(tmp_path: Path) -> None:
     first = train_here(tmp_path / "run", "trainer.max_updates=12", "trainer.keep_every=4")
     copied = tmp_path / "copy"
@@ -357,7 +359,10 @@ def test_a_full_disk_is_told_and_leaves_what_was_saved(tmp_path: Path) -> None:
     ("fault", "value", "words", "again"),
     [
         ("reward_is_nan", "200", "the reward of update 5 is not a finite number", False),
-        ("loss_is_inf", "7", "the loss of update 7 is not a finite number", True),
+        pytest.param(
+            *("loss_is_inf", "7", "the loss of update 7 is not a finite number", True),
+            marks=pytest.mark.long,
+        ),
         ("gradient_is_nan", "6", "the gradient of update 6 is not a finite number", True),
     ],
 )

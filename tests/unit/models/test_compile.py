@@ -28,7 +28,7 @@ def policy_of(layers: int) -> Policy:
     return Policy(LLaDA(sizes), Ids(mask=126, eos=120, pad=120))
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_layer_is_one_program_and_gives_the_same(adapted: bool) -> None:
     g = torch.Generator().manual_seed(0)
     found = []

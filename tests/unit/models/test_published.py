@@ -552,6 +552,7 @@ def test_runs_of_the_version_before_get_what_was_fixed_then(tmp_path: Path) -> N
     assert option[0] == "llada_toy"
 
 
+@pytest.mark.long
 def test_a_run_of_the_version_before_goes_on(tmp_path: Path) -> None:
     """Its configuration and its checkpoint lack what is new; nothing is added to either."""
     cfg = config.compose("config", [*QUICK, "task.eval_size=4", "trainer.max_updates=4"])

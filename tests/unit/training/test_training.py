@@ -121,6 +121,7 @@ def test_mistakes_found_in_the_job_are_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in text
 
 
+@pytest.mark.long
 def test_every_method_of_the_command_line_runs(tmp_path: Path) -> None:
     lines = ["estimator=eubo", "beta=1.0", "masking=random", "omega=0.25", "seed=3", "experiment=quick"]
     text = run("train", *lines, folder=tmp_path / "a")
@@ -131,6 +132,7 @@ def test_every_method_of_the_command_line_runs(tmp_path: Path) -> None:
     run("train", *lines, "trainer.micro_batch_size=40", "experiment=quick", *two, folder=tmp_path / "b")
 
 
+@pytest.mark.long
 def test_pretraining_where_no_weights_ship_is_said_and_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
