@@ -112,6 +112,7 @@ def test_rollouts_are_checked_then_timed(
     assert {"machine", "versions"} <= result.keys()
 
 
+@pytest.mark.long
 def test_updates_are_checked_then_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,6 +117,7 @@ def test_pages_on_extending_have_a_class_its_file_and_a_test() -> None:
         assert f"test_{part}.py" in names
 
 
+@pytest.mark.long
 def test_code_of_the_pages_on_extending_works(tmp_path: Path) -> None:
     """One project with the parts of all pages: their tests pass, and a run uses them, but no objective."""
     for part in PARTS:

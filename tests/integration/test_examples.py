@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import warm
 from tests.helpers import ROOT
 
@@ -45,6 +47,7 @@ def test_one_update(tmp_path: Path) -> None:
     assert len((EXAMPLES / "one_update.py").read_text().splitlines()) <= 80
 
 
+@pytest.mark.long
 def test_own_reward(tmp_path: Path) -> None:
     _run("own_reward.py", "trainer.threads=1", "hydra.run.dir=run", folder=tmp_path)
     header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]

@@ -110,6 +110,7 @@ def test_a_method_keeps_its_own_numbers_with_large_models(model: str) -> None:
     assert found == {method: own.get(method, (0.15, 2, 4, 6)) for method in METHODS}
 
 
+@pytest.mark.long
 def test_the_ablations_of_the_documentation_are_configuration_alone() -> None:
     text = (ROOT / "docs" / "methods.md").read_text()
     table = text.split("Its ablations are configuration alone", 1)[1].split("\n## ", 1)[0]
@@ -253,6 +254,7 @@ def test_a_run_of_each_method(method: str, tmp_path: Path, caplog: pytest.LogCap
         assert "SPG's 2 would take about" in slow[0]
 
 
+@pytest.mark.long
 def test_a_run_with_an_old_policy_and_a_reference_resumes(tmp_path: Path) -> None:
     lines = ("algorithm=d1", *SHORT, "trainer.max_updates=6")
     train_here(tmp_path / "whole", *lines)

@@ -181,6 +181,7 @@ def test_one_job_fails_and_the_command_that_is_named_does_only_this_one(
     assert "3 of 3 jobs finished" in again.stdout
 
 
+@pytest.mark.long
 def test_a_killed_multirun_goes_on_with_the_same_command(serial: tuple[Path, str], tmp_path: Path) -> None:
     """A job writes four checkpoints: the second job dies after the first that it could go on from."""
     folder, lines = tmp_path / "killed", ("estimator=elbo", "seed=1,2")

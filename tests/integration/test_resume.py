@@ -221,6 +221,7 @@ def test_a_finished_run_stays_one_when_a_resume_is_refused(tmp_path: Path) -> No
     assert read_status(folder)["state"] == "finished"
 
 
+@pytest.mark.long
 def test_a_row_that_a_kill_cut_short_is_dropped(stopped: Path, tmp_path: Path) -> None:
     with (stopped / "metrics.csv").open("a") as file:
         file.write("1")  # of row 12, say
@@ -339,6 +340,7 @@ def test_no_run_to_resume(tmp_path: Path) -> None:
     assert text.strip().count("\n") == 0
 
 
+@pytest.mark.long
 def test_a_full_disk_is_told_and_leaves_what_was_saved(tmp_path: Path) -> None:
     """A checkpoint has two megabytes, all else is smaller."""
     folder = tmp_path / "run"

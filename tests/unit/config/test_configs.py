@@ -205,7 +205,7 @@ def test_unread_knobs_are_named() -> None:
     assert "beta=2" in line
     assert config.notes(cfg, ["estimator=elbo"]) == [], "a default that is not read is no news"
     (line,) = config.notes(config.compose("config", ["beta=0.5"]), ["beta=0.5"])
-    assert "no upper bound" in line
+    assert "not an upper bound" in line
 
 
 def test_shipped_weights_fit_the_default_combination() -> None:

@@ -76,7 +76,7 @@ def test_wilson_s_interval_agrees_with_published_values() -> None:
         assert wilson(right, n) == pytest.approx(interval, abs=5e-5)
         low, high = wilson(n - right, n)
         assert (1 - high, 1 - low) == pytest.approx(interval, abs=5e-5)
-    with pytest.raises(ValueError, match="no proportion"):
+    with pytest.raises(ValueError, match="not a proportion"):
         wilson(0, 0)
 
 

@@ -154,6 +154,7 @@ def test_an_exported_folder_is_loaded_as_a_published_one(adapted: Path, publishe
     assert policy.encode("12+3=") == expected.encode("12+3=")
 
 
+@pytest.mark.long
 def test_from_a_published_folder_to_the_next(published: Path, tmp_path: Path) -> None:
     """The 8B's way: an adapter on frozen bfloat16 weights, merged into them and loaded again."""
     base = tmp_path / "base"

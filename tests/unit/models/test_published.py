@@ -215,7 +215,7 @@ def test_another_kind_of_model_is_refused(
 def test_a_config_that_is_none_is_named(composed: DictConfig, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 3}))
     with pytest.raises(
-        ConfigError, match=r"is no config\.json of LLaDA: it has no d_model, n_layers, n_heads"
+        ConfigError, match=r"is not a config\.json of LLaDA: it has no d_model, n_layers, n_heads"
     ):
         hub.settle(settings(composed, tmp_path))
     (tmp_path / "config.json").write_text("{")
@@ -302,7 +302,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "elsewhere": (
         lambda f: listed(f, x="../model.safetensors"),
-        r"index\.json can't be read .*no file of the folder",
+        r"index\.json can't be read .*not a file of the folder",
     ),
     "nothing": (
         lambda f: (f / "model.safetensors.index.json").unlink(),

@@ -54,6 +54,7 @@ def test_the_page_shows_the_tables_as_they_are(name: str, tmp_path: Path) -> Non
     assert (copy / name).read_text() == (RESULTS / name).read_text()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("task", ["sudoku", "countdown"])
 def test_each_method_has_the_learning_rate_that_validation_chose(task: str) -> None:
     best: dict[str, tuple[float, float]] = {}

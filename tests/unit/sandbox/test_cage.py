@@ -1064,7 +1064,7 @@ def test_a_parent_without_free_descriptors_gets_no_verdict(tmp_path: Path) -> No
 
 def test_a_cage_that_breaks_gives_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "SCRIPT", Path("/nowhere.py"))
-    with pytest.raises(RuntimeError, match=r"no verdict: it ended without a word; .*nowhere"):
+    with pytest.raises(RuntimeError, match=r"not a verdict: it ended without a word; .*nowhere"):
         Cage(isolation="none").run(RIGHT)
 
 
