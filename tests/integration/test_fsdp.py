@@ -45,6 +45,7 @@ def same_checkpoints(one: Path, two: Path) -> None:
             torch.testing.assert_close(states[1]["state"][number][name], tensor, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.long
 def test_two_processes_with_slices_give_the_update_of_one(tmp_path: Path) -> None:
     lines = [*QUICK, *SMALL, *UNLIKE]
     run("train", *lines, *TWO, folder=tmp_path / "two")

@@ -22,6 +22,7 @@ from tests.unit.evaluation.helpers import (
 )
 
 
+@pytest.mark.long
 def test_a_multirun_ends_with_one_table_and_does_only_what_is_left(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "m"
     words = [f"run={trained}", "--multirun", "gen_length=24,36", "threads=1", f"hydra.sweep.dir={folder}"]

@@ -382,6 +382,7 @@ def test_rollouts_and_evaluation_have_no_dropout(tmp_path: Path, monkeypatch: py
     assert not any(modes)
 
 
+@pytest.mark.long
 def test_training_with_a_divergence_to_the_reference(tmp_path: Path) -> None:
     lines = ["algorithm.objective.kl_coef=0.1", "trainer.max_updates=4", "task.eval_size=4"]
     for name, more in (("full", []), ("lora", ["model.lora=default"])):

@@ -137,6 +137,7 @@ def humaneval() -> HumanEval:
     return task
 
 
+@pytest.mark.long
 def test_all_canonical_solutions_pass(humaneval: HumanEval) -> None:
     rows = humaneval.examples("heldout")
     assert len(rows) == 164

@@ -80,6 +80,7 @@ def test_metrics_have_the_names_of_the_field(quick: Path) -> None:
     assert float(rows[1]["lr"]) < float(rows[8]["lr"]), "warm-up"
 
 
+@pytest.mark.long
 def test_same_seed_same_run_and_another_seed_another(quick: Path, tmp_path: Path) -> None:
     run("train", "experiment=quick", "seed=3", folder=tmp_path / "same")
     run("train", "experiment=quick", "seed=4", folder=tmp_path / "other")
