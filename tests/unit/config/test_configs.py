@@ -7,12 +7,14 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from spg import config
+from spg.config import composition
 from spg.core.errors import InputError
 from tests.helpers import ROOT
 
@@ -235,3 +237,13 @@ def test_shipped_weights_fit_the_default_combination() -> None:
     same = ("task.reward=rules", "seed=4", "task.eval_size=8", "optimizer.lr=1e-4")
     for line in (*same, "model.prompt_style=instruct task.prompt_style=bare"):
         assert file_name(config.compose("config", line.split())) == path.name
+
+
+def test_an_edited_file_is_composed_anew(tmp_path: Path) -> None:
+    """Composed configurations are reused only while no file that they could come from has changed."""
+    option = tmp_path / "experiment" / "edited.yaml"
+    option.parent.mkdir()
+    for beta in (2.0, 3.0):
+        option.write_text(f"# @package _global_\n# Edited between two commands.\nbeta: {beta}\n")
+        with composition.open_hydra(tmp_path):
+            assert composition.compose_open("config", ["experiment=edited"]).beta == beta
