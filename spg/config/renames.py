@@ -1,6 +1,6 @@
-"""Classes that have another path now than in an older version.
+"""What older versions named otherwise, or did not have: paths of classes, and settings.
 
-The paths stand in the config.yaml of runs and in the identity that checkpoints hold.
+Both stand in the config.yaml of runs and in the identity that checkpoints hold.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ RENAMED: dict[str, str] = {
     "spg.objectives.wd1.WD1": "spg.algorithms.objectives.wd1.WD1",
     "spg.preferences.Preferences": "spg.tasks.preferences.Preferences",
 }
+
+# settings that runs of older versions lack -> the value, as text, with which a run is still the same run
+ADDED: dict[str, str] = {}
 
 
 def current_path(target: str) -> str:

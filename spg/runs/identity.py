@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spg import config
 from spg.config import CONF_DIR, ConfigError
+from spg.config.renames import ADDED
 
 # settings that a resumed run may change; threads and the batch sizes change rounding at most, and noise of
 # dropout
@@ -30,7 +31,10 @@ class OtherRunError(ConfigError):
 
 
 def identity(cfg: DictConfig, changeable: Sequence[str] = CHANGEABLE) -> dict[str, str]:
-    """Return the settings that must not change while a run lasts, by their dotted keys."""
+    """Return the settings that must not change while a run lasts, by their dotted keys.
+
+    A setting that older versions lacked is left out at the value that they worked with.
+    """
     free = (*changeable, "resume")
     leaves: dict[str, str] = {}
 
@@ -38,7 +42,7 @@ def identity(cfg: DictConfig, changeable: Sequence[str] = CHANGEABLE) -> dict[st
         if isinstance(node, dict) and node:
             for name, child in node.items():
                 walk(child, f"{key}.{name}" if key else str(name))
-        elif key not in free and key.partition(".")[0] not in free:
+        elif key not in free and key.partition(".")[0] not in free and ADDED.get(key) != str(node):
             leaves[key] = str(node)
 
     walk(OmegaConf.to_container(cfg, resolve=True), "")
