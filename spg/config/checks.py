@@ -88,6 +88,26 @@ def _check_order(cfg: DictConfig) -> None:
                 )
 
 
+def check_files(cfg: DictConfig) -> None:
+    """Refuse paths that do not exist, for the parameters of parts that a class declares as `files`.
+
+    A run or an evaluation that goes on is not checked: its data may be elsewhere now, and not be needed.
+
+    Raises:
+        ConfigError: for the first such path.
+    """
+    for node in nodes(cfg):
+        for name, *words_allowed in node.fact("files", ()):
+            value = node.get(name)
+            if value is None or value in words_allowed or Path(str(value)).exists():
+                continue
+            also = "".join(f", or {node.key}.{name}={word}" for word in words_allowed)
+            raise ConfigError(
+                f"{node.key}.{name}={value}: there is no such file or folder "
+                f"({Path(str(value)).absolute()}); give one that exists{also}"
+            )
+
+
 def check_trainer(cfg: DictConfig) -> None:
     """Refuse numbers of processes and prompts that do not fit together; raises ConfigError."""
     trainer = cfg.trainer

@@ -15,7 +15,7 @@ from pathlib import Path
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Override
 
-from spg.config.checks import check
+from spg.config.checks import check, check_files
 from spg.config.composition import (
     check_names,
     compose_open,
@@ -79,7 +79,9 @@ def preflight(primary: str, argv: Sequence[str]) -> Plan:
         every = [*parse_overrides([f"{k}={v}" for k, v in params.items() if k not in given]), *overrides]
         check_names(name, every, own)
         for lines in _one_at_a_time(every, multirun):
-            check(compose_open(name, lines))
+            cfg = compose_open(name, lines)
+            check(cfg)
+            check_files(cfg)
     # of several overrides of one key Hydra takes the last
     last = {key_as_written(o): o for o in every if not is_hydra(o)}
     values = {
