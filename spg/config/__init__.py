@@ -15,7 +15,7 @@ from spg.config.composition import compose_unchecked, defaults
 from spg.config.errors import ConfigError
 from spg.config.help import show_help
 from spg.config.instances import build
-from spg.config.knobs import notes, unread_knobs
+from spg.config.knobs import notes, unread_knobs, unread_steps
 from spg.config.names import is_known, keys, nearest
 from spg.config.options import CONF_DIR, group_choices, groups
 from spg.config.plan import Plan, preflight, sweep_folder
@@ -49,6 +49,7 @@ __all__ = [
     "sweep_folder",
     "task_of_run",
     "unread_knobs",
+    "unread_steps",
     "update_paths",
 ]
 

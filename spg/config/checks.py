@@ -16,6 +16,7 @@ from spg.config.names import nearest
 from spg.config.saved import shipped_option
 from spg.config.values import Node, check_values, nodes, part_at
 from spg.core.combinations import (
+    check_commit_rule,
     check_group_size,
     check_length_counted_once,
     check_omega_has_data,
@@ -41,6 +42,8 @@ def check(cfg: DictConfig) -> None:
         check_trainer(cfg)
     if "model" in cfg and cfg.get("run") is None:  # else the run's model decides
         check_model(cfg)
+    if "decoding" in cfg:
+        check_decoding(cfg)
     if cfg.get("preferences") is not None:
         check_preferences(cfg)
     if "samples" in cfg and cfg.get("run") is None:  # else the run's decoding decides
@@ -233,6 +236,15 @@ def check_preferences(cfg: DictConfig) -> None:
             f"masking={name} follows the steps in which a completion was decoded, and recorded ones have "
             "none; give masking=random, or leave out preferences=pairs"
         )
+
+
+def check_decoding(cfg: DictConfig) -> None:
+    """Refuse rules of a decoder that exclude each other; raises ConfigError."""
+    decoding = cfg.decoding
+    try:
+        check_commit_rule(str(decoding.get("remasking")), decoding.get("threshold"), decoding.get("factor"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_samples(cfg: DictConfig) -> None:
