@@ -126,8 +126,8 @@ def check_launcher(environ: Mapping[str, str]) -> None:
         number = environ.get(name, "1")
         if number.isdigit() and int(number) > 1 and "SLURM_JOB_ID" not in environ:
             raise InputError(
-                f"a launcher that is not known here started this process as one of {number} ({name}); start "
-                "a run with torchrun, with srun, or alone: python -m spg.train trainer=ddp trainer.devices=..."
+                f"a launcher that is not known here started this process as one of {number} ({name}); "
+                "start a run with torchrun or srun, or alone: python -m spg.train trainer.devices=..."
             )
 
 
