@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from spg.config.checks import check, check_model, check_samples
+from spg.config.checks import check, check_launcher, check_model, check_samples
 from spg.config.composition import compose_unchecked, defaults
 from spg.config.errors import ConfigError
 from spg.config.help import show_help
@@ -29,6 +29,7 @@ __all__ = [
     "Plan",
     "build",
     "check",
+    "check_launcher",
     "check_model",
     "check_samples",
     "compose",

@@ -23,6 +23,7 @@ from spg.core.combinations import (
     check_pairs,
     check_sums,
 )
+from spg.core.process import place
 from spg.core.rules import allows, words
 
 
@@ -94,18 +95,34 @@ def _check_order(cfg: DictConfig) -> None:
 def check_trainer(cfg: DictConfig) -> None:
     """Refuse numbers of processes and prompts that do not fit together; raises ConfigError."""
     trainer = cfg.trainer
-    if trainer.prompts_per_rollout % trainer.devices:
+    nodes = trainer.get("nodes", 1)
+    count = nodes * trainer.devices
+    given = f"trainer.nodes={nodes} times " if nodes > 1 else ""
+    given += f"trainer.devices={trainer.devices}"
+    if trainer.prompts_per_rollout % count:
         raise ConfigError(
             f"trainer.prompts_per_rollout={trainer.prompts_per_rollout} can't be shared out among "
-            f"trainer.devices={trainer.devices} processes; give a multiple of that number"
+            f"{given} processes; give a multiple of {count}"
         )
-    if trainer.devices > 1 and trainer.strategy == "auto":
-        raise ConfigError(f"trainer.devices={trainer.devices} needs trainer=ddp")
+    if count > 1 and trainer.strategy == "auto":
+        raise ConfigError(f"{given} needs trainer=ddp")
     if trainer.strategy == "fsdp" and cfg.model.get("lora") is not None:
         raise ConfigError(
             "trainer=fsdp shares out the weights that are trained, and an adapter trains few: give "
             "trainer=ddp, where each process holds the frozen weights whole, or model.lora=null"
         )
+
+
+def check_launcher(cfg: DictConfig) -> None:
+    """Refuse a number of processes that the launcher of this process has not started.
+
+    Raises:
+        ConfigError: with the numbers, and how to start the run.
+    """
+    if "trainer" in cfg:
+        complaint = place().complaint(cfg.trainer.get("nodes", 1), cfg.trainer.devices)
+        if complaint is not None:
+            raise ConfigError(complaint)
 
 
 def check_model(cfg: DictConfig) -> None:
