@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from spg.config.checks import check, check_model, check_samples
+from spg.config.checks import check, check_launcher, check_model, check_samples
 from spg.config.composition import compose_unchecked, defaults
 from spg.config.errors import ConfigError
 from spg.config.help import show_help
 from spg.config.instances import build
-from spg.config.knobs import decoding_notes, notes, unread_knobs
+from spg.config.knobs import decoding_notes, notes, unread_knobs, unread_steps
 from spg.config.names import is_known, keys, nearest
 from spg.config.options import CONF_DIR, group_choices, groups
 from spg.config.paths import quote_paths, unquote
@@ -31,6 +31,7 @@ __all__ = [
     "build",
     "check",
     "check_complete",
+    "check_launcher",
     "check_model",
     "check_samples",
     "compose",
@@ -54,6 +55,7 @@ __all__ = [
     "task_of_run",
     "unquote",
     "unread_knobs",
+    "unread_steps",
     "update_paths",
 ]
 
