@@ -12,6 +12,7 @@ import hydra
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from spg.cli.job_function import JobFunction
 from spg.cli.sweep import check_writable, sweep
 from spg.config import (
     CONF_DIR,
@@ -82,22 +83,15 @@ def _run(primary: str, job: Job, resume: Resume | None, report: Callable[[Path],
         show_help(primary, plan.own)
         return
     sys.argv[1:] = plan.arguments
-    failures: list[Exception] = []
-
-    def catch(cfg: DictConfig) -> None:
-        try:
-            job(cfg)
-        except (InputError, RunError, OSError) as error:  # Hydra would print a line of its own before it
-            failures.append(error)
-
-    app = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=primary)(catch)
+    function = JobFunction(job)
+    app = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=primary)(function)
     if plan.multirun and resume is not None:  # the jobs of other commands leave no directories to go on with
         sweep(primary, plan, argv, app, report)
     else:
         with check_writable("hydra.run.dir"):
             app()
-    if failures:
-        raise failures[0]
+    if function.failures:
+        raise function.failures[0]
 
 
 def _put_multirun_first(argv: Sequence[str]) -> list[str]:
