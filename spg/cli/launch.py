@@ -11,6 +11,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
+from spg.cli import processes
 from spg.cli.sweep import check_writable, sweep
 from spg.config import (
     CONF_DIR,
@@ -30,7 +31,11 @@ Resume = Callable[[str, list[str]], Any]
 
 
 def run(
-    primary: str, job: Job, resume: Resume | None = None, report: Callable[[Path], Any] | None = None
+    primary: str,
+    job: Job,
+    resume: Resume | None = None,
+    report: Callable[[Path], Any] | None = None,
+    prepare: Callable[[], object] | None = None,
 ) -> None:
     """Check the command line of this process, then do what it asks for.
 
@@ -42,10 +47,12 @@ def run(
         resume: Goes on with the work in a directory. It gets the path of `resume=<path>` and the other
             overrides.
         report: Reports on the directory of a multirun at its end; by default with a table of runs.
+        prepare: Imports what the processes of a run need; None if the command is for one process.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises the errors of a job as they are
     try:
-        _run(primary, job, resume, report or _report_runs)
+        with processes.share("train" if primary == "config" else primary, prepare):
+            _run(primary, job, resume, report or _report_runs)
     except InputError as error:
         _end(str(error), 2)
     except RunError as error:
@@ -82,6 +89,8 @@ def _run(primary: str, job: Job, resume: Resume | None, report: Callable[[Path],
             failures.append(error)
 
     app = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=primary)(catch)
+    if plan.multirun:
+        processes.refuse_several("a multirun")
     if plan.multirun and resume is not None:  # the jobs of other commands leave no directories to go on with
         sweep(primary, plan, argv, app, report)
     else:
