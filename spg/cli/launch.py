@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,17 @@ def run(
         prepare: Imports what the processes of a run need; None if the command is for one process.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises the errors of a job as they are
+    shared = processes.share("train" if primary == "config" else primary, prepare)
+    # the message comes before the other processes of the run hear of the end
+    with _explain_errors(), shared, _explain_errors():
+        _run(primary, job, resume, report or _report_runs)
+
+
+@contextmanager
+def _explain_errors() -> Iterator[None]:
+    """End this process with a message and the code of its error, if a `with` block raises one for users."""
     try:
-        with processes.share("train" if primary == "config" else primary, prepare):
-            _run(primary, job, resume, report or _report_runs)
+        yield
     except InputError as error:
         _end(str(error), 2)
     except RunError as error:
@@ -116,7 +125,8 @@ def _add_task_of_run(argv: Sequence[str]) -> list[str]:
 
 
 def _end(text: str, code: int) -> None:
-    sys.stderr.write(f"{text}\n")
+    if not processes.tell_first(text):
+        sys.stderr.write(f"{text}\n")
     sys.exit(code)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from spg.core import link
-from spg.core.errors import InputError, Interrupted, RunError, exit_code
+from spg.core.errors import InputError, RunError, exit_code
 from spg.core.files import digest
 from spg.core.link import Member
 from spg.core.process import Place, check_launcher, place
@@ -55,8 +55,8 @@ def share(command: str, prepare: Callable[[], object] | None) -> Iterator[None]:
         yield
     except BaseException as error:
         code = exit_code(error)
-        if isinstance(connection, Member):
-            _tell(connection, error)
+        if not isinstance(error, SystemExit):
+            tell_first(f"{type(error).__name__}: {error}")
         raise
     finally:
         connection.end(code)
@@ -70,9 +70,8 @@ def _refuse(own: Place, command: str) -> NoReturn:
         InputError: always, in the first process.
     """
     if own.rank == 0:
-        name = "torchrun" if own.launcher == "torchrun" else "srun"
         raise InputError(
-            f"spg.{command} works in one process, and {name} started {own.size}; start it alone: "
+            f"spg.{command} works in one process, and {own.starter} started {own.size}; start it alone: "
             f"python -m spg.{command} ..."
         )
     time.sleep(3.0)  # launchers end all processes when one has ended
@@ -113,14 +112,13 @@ def check_same_file(path: Path, digests: Sequence[str], patience: float = FILE_P
         time.sleep(0.2)
 
 
-def _tell(connection: Member, error: BaseException) -> None:
-    """Tell the first process why this one ends; end here without a message if it is one for the user."""
-    if isinstance(error, SystemExit):
-        return
-    text = str(error) if isinstance(error, InputError | RunError) else f"{type(error).__name__}: {error}"
+def tell_first(text: str) -> bool:
+    """Tell the first process why this one fails; return False if this is the first one."""
+    connection = link.current()
+    if not isinstance(connection, Member):
+        return False
     connection.say("failed", text.splitlines()[0][:1000])
-    if isinstance(error, InputError | RunError | Interrupted | KeyboardInterrupt):
-        raise SystemExit(exit_code(error)) from error
+    return True
 
 
 def refuse_several(what: str) -> None:
@@ -132,7 +130,7 @@ def refuse_several(what: str) -> None:
     own = place()
     if own.shared:
         raise InputError(
-            f"{what} can't be shared by the {own.size} processes that {own.launcher} started: start it alone "
+            f"{what} can't be shared by the {own.size} processes that {own.starter} started: start it alone "
             "(python -m spg.train -m ...), each job then starts its processes itself; on a cluster, let "
             "submitit start the jobs (hydra/launcher=submitit_slurm)"
         )

@@ -27,6 +27,7 @@ from spg.core.wire import Other, Wire, greet, listen, ports
 # set for the processes that a run starts itself: port, number of processes, token
 VARIABLE = "SPG_LINK"
 BEAT = 5.0  # seconds between two heartbeats
+STALLED = 10.0  # seconds without a turn after which this process itself was stopped
 SILENCE = 300.0  # seconds without a heartbeat after which the run ends
 ARRIVAL = 600.0  # seconds that the processes of a launcher get to find the first one
 GRACE = 20.0  # seconds that a process gets to end by itself after another has died
@@ -86,7 +87,7 @@ class Link:
         """Find a process that is silent for too long."""
         now = time.monotonic()
         late, self._checked = now - self._checked, now
-        if late > BEAT:  # this process itself was stopped: what others sent meanwhile is yet to be read
+        if late > STALLED:  # this process itself was stopped: what others sent meanwhile is yet to be read
             for other in others:
                 other.heard = now
         hurried = self._hurried is not None and now - self._hurried > GRACE
