@@ -17,6 +17,7 @@ Its class says everything that the configuration check needs to know, and no lis
 | masking | `draws_in_pairs = "..."` | num_mc must be even; the text names the kind of pair |
 | masking | `draws_in_pairs = {"draws": ("antithetic",)}` | so only if a parameter has one of these values |
 | any | `ordered = (("min_empty", "max_empty"),)` | the first parameter may not be above the second |
+| any | `files = (("path", "hub"),)` | the parameter names what exists, or is one of the words after it |
 | network | `published_sizes`, `_implied`, `_fixed` | how its config.json is read: see `spg.models.hub` |
 
 Nothing is imported here: a class is found and read as text, in about a millisecond.
