@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from spg.core.commands import command_line
 from spg.core.errors import InputError
 
 # set for every process of a run that starts its processes itself, except for the first one
@@ -58,12 +58,10 @@ class Place:
 
     def command(self, *arguments: str) -> str:
         """Return the command that trains with these arguments, started as this process was."""
-        start = {
-            "alone": "python",
-            "torchrun": "torchrun <options as before>",
-            "slurm": "srun <options as before> python",
-        }[self.launcher]
-        return f"{start} -m spg.train {shlex.join(arguments)}"
+        alone = command_line("train", *arguments)
+        if self.launcher == "torchrun":
+            return f"torchrun <options as before> {alone.removeprefix('python ')}"
+        return alone if self.launcher == "alone" else f"srun <options as before> {alone}"
 
     def complaint(self, nodes: int, devices: int) -> str | None:
         """Return what is wrong with this start for a run of `nodes` times `devices` processes, if anything.

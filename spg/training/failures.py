@@ -13,6 +13,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from spg.core import link
+from spg.core.commands import command_line
 from spg.core.errors import Interrupted, RunError, exit_code
 from spg.core.process import place, rank
 from spg.training.nonfinite import NonFiniteError
@@ -66,4 +67,4 @@ def _save(error: NonFiniteError, cfg: DictConfig, folder: Path) -> str:
         os.replace(staged, path)
     except (OSError, RuntimeError) as failure:  # torch.save wraps the errors of a disk
         return f"; {path} could not be written ({failure})"
-    return f". See it again with: python -m spg.reproduce file={path}"
+    return f". See it again with: {command_line('reproduce', f'file={path}')}"
