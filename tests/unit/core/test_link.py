@@ -211,7 +211,7 @@ def test_strangers_and_other_starts_are_not_let_in() -> None:
     with socket.create_connection(("127.0.0.1", hub.port)) as stranger:
         stranger.sendall(b'{"token": "token"}\n')
         assert stranger.recv(100) == b""
-    with pytest.raises(RunError, match="rank 1 found no first process of its run at 127.0.0.1"):
+    with pytest.raises(RunError, match="rank 1 found no first process of its run at"):
         Member(1, 2, "another start", "127.0.0.1", [hub.port], 0.1)
     assert not hub.others
     assert hub.dead is None
