@@ -17,6 +17,7 @@ from spg.config.saved import shipped_option
 from spg.config.values import Node, check_values, nodes, part_at
 from spg.core.combinations import (
     check_commit_rule,
+    check_couples,
     check_group_size,
     check_length_counted_once,
     check_omega_has_data,
@@ -202,6 +203,7 @@ def check_method(cfg: DictConfig) -> None:
         check_length_counted_once(scale, bool(objective.get("length_weighting")))
         if objective.fact("needs_sums", False):
             check_sums(scale, adaptive, _name(objective))
+    check_couples(objective.fact("couples", "batch"), _name(objective))
     completions = objective.fact("completions_per_prompt")
     if completions is not None:
         what = f"{_name(objective)} compares {completions} completions of each prompt"

@@ -11,6 +11,7 @@ Its class says everything that the configuration check needs to know, and no lis
 | --- | --- | --- |
 | objective | `needs_sums = True` | its estimator must have normalization=elbo_weight and a fixed omega |
 | objective, preferences | `completions_per_prompt = 2` | group_size must be this number |
+| objective | `couples = "sequence"` | the update takes one pass, see `spg.algorithms.objectives.coupling` |
 | masking | `fresh_each_update = False` | all inner updates on a rollout get the same masks |
 | masking | `needs_commit_steps = True` | follows the decoding steps, which recorded completions lack |
 | masking | `draws_in_pairs = "..."` | num_mc must be even; the text names the kind of pair |
