@@ -98,6 +98,11 @@ def check_trainer(cfg: DictConfig) -> None:
         )
     if trainer.devices > 1 and trainer.strategy == "auto":
         raise ConfigError(f"trainer.devices={trainer.devices} needs trainer=ddp")
+    if trainer.get("checkpoint_format") == "sharded" and trainer.strategy != "fsdp":
+        raise ConfigError(
+            "trainer.checkpoint_format=sharded is for weights in slices, and trainer.strategy="
+            f"{trainer.strategy} has none; give trainer=fsdp, or trainer.checkpoint_format=whole"
+        )
     if trainer.strategy == "fsdp" and cfg.model.get("lora") is not None:
         raise ConfigError(
             "trainer=fsdp shares out the weights that are trained, and an adapter trains few: give "

@@ -9,19 +9,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from spg.algorithms.objectives import Adaptive, Objective
 from spg.config.renames import update_paths
 from spg.core.errors import RunError
 from spg.core.world import World
+from spg.models.weights import describe_checkpoint, fill_weights, read_checkpoint
+from spg.runs.identity import CHANGEABLE
 from spg.training.fsdp import sharding_of
 
 FORMAT = 1
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Lightning's files of checkpoints, and those whose tensors are in slices, which it reads whole."""
+
+    def load_checkpoint(self, path: str | Path, *rest: Any, **more: Any) -> dict[str, Any]:
+        """Return a checkpoint with whole tensors on the CPU."""
+        return read_checkpoint(path)
 
 
 class TrainedWeights:
@@ -42,7 +55,7 @@ class TrainedWeights:
         names = self.tensors()
         sharding = sharding_of(self._module)
         if sharding is not None:
-            state = sharding.lightning_module_state_dict()
+            state = sharding.whole_state_dict()
             return {name: tensor for name, tensor in state.items() if name in names}
         return {name: tensor.detach().cpu() for name, tensor in names.items()}
 
@@ -65,6 +78,26 @@ class TrainedWeights:
             sharding.fill(tensors)
         else:
             self._module.load_state_dict(tensors, strict=False)
+
+    @torch.no_grad()
+    def load_file(self, path: Path) -> None:
+        """Fill the trained tensors with those of a checkpoint.
+
+        Raises:
+            RunError: if the file is broken, or they do not fit.
+        """
+        try:
+            checkpoint = describe_checkpoint(path)
+            self.check_fit(checkpoint["state_dict"])
+            sharding = sharding_of(self._module)
+            if sharding is not None and "slices" in checkpoint:
+                sharding.fill_from_slices(checkpoint["slices"])
+            elif sharding is not None:
+                sharding.fill(checkpoint["state_dict"])
+            else:
+                fill_weights(checkpoint, self.tensors())
+        except ValueError as error:
+            raise RunError(str(error)) from error
 
     def with_gradients(self, optimizer: LightningOptimizer) -> list[Tensor]:
         """Return the tensors that hold gradients; if weights are sliced, the optimizer's slices."""
@@ -131,6 +164,7 @@ class ResumableModule(pl.LightningModule):
             "format": FORMAT,
             "rollouts": self.rollouts,
             "updates": self.updates,
+            "processes": self.world.size,
             "latest": dict(self.latest),
             "seconds": dict(self.seconds),
             "elapsed": self.elapsed(),
@@ -162,8 +196,15 @@ class ResumableModule(pl.LightningModule):
             self.objective.restore(own.get("objective", {}))  # absent from checkpoints of version 0.3
 
 
+def processes_of(checkpoint: Mapping[str, Any]) -> int:
+    """Return the number of processes that wrote a checkpoint; version 0.5 has it among the settings."""
+    own = checkpoint["spg"]
+    return int(own["processes"] if "processes" in own else own["identity"].get("trainer.devices", 1))
+
+
 def _check_identity(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    for key in sorted(ours.keys() | theirs.keys()):
+    # more settings may change now than when an older version wrote theirs
+    for key in sorted((ours.keys() | theirs.keys()) - set(CHANGEABLE)):
         before, now = theirs.get(key, "nothing"), ours.get(key, "nothing")
         if before != now:
             raise RunError(

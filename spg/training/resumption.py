@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from spg.core.errors import RunError
-from spg.models.weights import read_checkpoint
+from spg.models.weights import describe_checkpoint
 from spg.training.callbacks import Validation
+from spg.training.slice_folders import remove_unnamed
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Start:
-    """A checkpoint that a run goes on from: its file and its contents."""
+    """A checkpoint that a run goes on from: its file and its contents.
+
+    Tensors in slices have only a shape there.
+    """
 
     path: Path
     state: dict[str, Any]
@@ -47,7 +51,7 @@ def read_start(path: Path | None) -> Start | None:
     if path is None:
         return None
     try:
-        return Start(path, read_checkpoint(path))
+        return Start(path, describe_checkpoint(path))
     except ValueError as error:
         raise RunError(
             f"{error}; nothing was changed. Give another checkpoint of the run (resume=<one in "
@@ -73,6 +77,7 @@ def rewind_files(start: Start, folder: Path, validation: Validation) -> None:
     known = Validation(validation.every)
     known.load_state_dict(start.state["callbacks"]["Validation"])
     best = folder / "best.ckpt"
+    remove_unnamed(folder)
     if known.best is None or (best.exists() and _update_of(best) == known.best[0]):
         return
     if start.update != known.best[0]:
@@ -85,7 +90,7 @@ def rewind_files(start: Start, folder: Path, validation: Validation) -> None:
 def _update_of(path: Path) -> int | None:
     """Return the update of a checkpoint, None if it can't be read."""
     try:
-        update: int = read_checkpoint(path)["spg"]["updates"]
+        update: int = describe_checkpoint(path)["spg"]["updates"]
     except ValueError:
         return None
     return update

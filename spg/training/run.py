@@ -32,6 +32,7 @@ from spg.training.callbacks import (
     Samples,
     Validation,
 )
+from spg.training.checkpoint import CheckpointFiles, processes_of
 from spg.training.fsdp import Sharded, sharding_of
 from spg.training.loggers import MetricsCSV, wandb_logger
 from spg.training.module import Training
@@ -56,11 +57,11 @@ class Rollouts:
         return self.module.remaining_prompts()
 
 
-def make_strategy(name: str) -> str | Strategy:
-    """Return Lightning's strategy for the setting trainer.strategy; processes wait up to PATIENCE."""
-    if name == "fsdp":
-        return Sharded(PATIENCE)
-    return DDPStrategy(timeout=PATIENCE) if name == "ddp" else name
+def make_strategy(settings: TrainerSettings) -> str | Strategy:
+    """Return Lightning's strategy for the settings; processes wait up to PATIENCE."""
+    if settings.strategy == "fsdp":
+        return Sharded(PATIENCE, write_slices=settings.checkpoint_format == "sharded")
+    return DDPStrategy(timeout=PATIENCE) if settings.strategy == "ddp" else settings.strategy
 
 
 def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | None = None) -> bool:
@@ -99,7 +100,8 @@ def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | No
     with interruption.listen():
         trainer = pl.Trainer(
             accelerator=settings.accelerator,
-            strategy=make_strategy(settings.strategy),
+            strategy=make_strategy(settings),
+            plugins=[CheckpointFiles()],
             devices=settings.devices,
             precision="32-true",  # the policy has a precision of its own
             max_epochs=1,
@@ -127,6 +129,13 @@ def _rewind(module: Training, start: Start, run: Run, metrics: MetricsCSV, valid
     rewind_files(start, run.folder / "checkpoints", validation)
     metrics.cut(module.updates)
     log.info("Going on after update %d (%s)", module.updates, start.path.name)
+    before, now = processes_of(start.state), run.cfg.trainer.devices * run.cfg.trainer.get("nodes", 1)
+    if before != now:
+        log.info(
+            "%d processes go on with the work of %d: rounding changes, and the noise of an adapter's dropout",
+            now,
+            before,
+        )
 
 
 def _open(run: Run) -> list[Logger]:

@@ -28,6 +28,7 @@ class TrainerSettings:
         micro_batch_size: Masked sequences in one forward pass; None for all.
         cut_completions: Whether updates leave out masked positions after the longest completion.
         keep_every: Updates between two checkpoints that are kept; None for none.
+        checkpoint_format: Whether a checkpoint holds whole tensors, or each process writes its slices.
     """
 
     accelerator: Literal["cpu", "cuda", "auto"]
@@ -43,6 +44,7 @@ class TrainerSettings:
     micro_batch_size: Count | None = None
     cut_completions: bool = False
     keep_every: Count | None = None
+    checkpoint_format: Literal["whole", "sharded"] = "whole"
 
     @classmethod
     def of(cls, node: Mapping[Any, Any]) -> Self:

@@ -14,13 +14,15 @@ from spg.training.callbacks.interruption import Interruption
 from spg.training.callbacks.periodic import Periodic
 from spg.training.callbacks.validation import Validation
 from spg.training.module import Training
+from spg.training.slice_folders import remove_unnamed
 
 
 class Checkpoints(Periodic):
     """Writes last.ckpt every so many updates, and best.ckpt when validation improves.
 
     If the run is interrupted, the last checkpoint is written at once. Metrics are on disk before a checkpoint
-    is; a file is written under a temporary name and then renamed. This callback comes after Validation.
+    is; a file is written under a temporary name and then renamed. The slices that it names, if it does, are
+    whole by then, and older ones are removed afterwards. This callback comes after Validation.
 
     Args:
         every: Updates between two writings of last.ckpt.
@@ -79,9 +81,12 @@ class Checkpoints(Periodic):
                 with staged.open("rb") as file:
                     os.fsync(file.fileno())
                 os.replace(staged, self.folder / name)
+                remove_unnamed(self.folder)
         except OSError as error:
             with suppress(OSError):
                 staged.unlink(missing_ok=True)
+                if trainer.is_global_zero:
+                    remove_unnamed(self.folder)  # the slices that were begun take room
             raise RunError(
                 f"{self.folder / name} could not be written ({error.strerror or error}); what was saved "
                 "before is whole: make room, then resume the run"
