@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from spg.config.checks import check, check_model, check_samples
+from spg.config.checks import check, check_launcher, check_model, check_samples
 from spg.config.composition import compose_unchecked, defaults
 from spg.config.errors import ConfigError
 from spg.config.help import show_help
 from spg.config.instances import build
-from spg.config.knobs import notes, unread_knobs
+from spg.config.knobs import notes, unread_knobs, unread_steps
 from spg.config.names import is_known, keys, nearest
 from spg.config.options import CONF_DIR, group_choices, groups
 from spg.config.plan import Plan, preflight, sweep_folder
@@ -29,6 +29,7 @@ __all__ = [
     "Plan",
     "build",
     "check",
+    "check_launcher",
     "check_model",
     "check_samples",
     "compose",
@@ -49,6 +50,7 @@ __all__ = [
     "sweep_folder",
     "task_of_run",
     "unread_knobs",
+    "unread_steps",
     "update_paths",
 ]
 

@@ -30,6 +30,19 @@ def unread_estimators(cfg: DictConfig) -> list[str]:
     return [name for name in ("estimator", "positive") if name in raw and f"${{{name}}}" not in objective]
 
 
+def unread_steps(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Return the line that says so if the command line sets a number of steps that decoding does not read."""
+    asked = any(line.lstrip("+").startswith("decoding.steps=") for line in overrides)
+    for rule in ("threshold", "factor") if asked else ():
+        value = OmegaConf.select(cfg, f"decoding.{rule}")
+        if value is not None:
+            return [
+                f"Note: decoding.steps={cfg.decoding.steps} is not read: with decoding.{rule}={value} a "
+                "block takes the steps that it needs."
+            ]
+    return []
+
+
 def notes(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
     """Return what a user should know about a valid configuration, a line each.
 
@@ -48,6 +61,7 @@ def notes(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
             key = line.lstrip("+").partition("=")[0]
             if key == group or key.startswith(f"{name}."):
                 lines.append(f"Warning: {line} is read by no selected part and changes nothing.")
+    lines += unread_steps(cfg, overrides)
     if "beta" in cfg and "beta" not in unread and cfg.beta < 1:
         lines.append(f"Note: with beta={cfg.beta}, below 1, the EUBO is not an upper bound.")
     return lines

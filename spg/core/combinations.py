@@ -105,3 +105,28 @@ def check_omega_has_data(num_mc: int, mu: int, fresh: bool, masking: str) -> Non
             "omega=auto with mu=1: masks are compared between the inner updates on a rollout; set mu=2 or "
             "more, or omega to a number from 0 to 1"
         )
+
+
+def check_commit_rule(remasking: str, threshold: float | None, factor: float | None) -> None:
+    """Refuse two rules for the number of tokens that a step commits, and a rule without a confidence.
+
+    Args:
+        remasking: What orders the positions.
+        threshold: The confidence above which a position is committed.
+        factor: The factor of the rule that takes a threshold's place.
+
+    Raises:
+        ValueError: if both are given, or if `remasking` is no confidence between 0 and 1.
+    """
+    if threshold is not None and factor is not None:
+        raise ValueError(
+            f"decoding.threshold={threshold} and decoding.factor={factor} are two rules for the same thing; "
+            "give one of the two, and null for the other"
+        )
+    for name, value in (("threshold", threshold), ("factor", factor)):
+        if value is not None and remasking not in ("low_confidence", "margin"):
+            raise ValueError(
+                f"decoding.{name}={value} needs a confidence between 0 and 1, and decoding.remasking="
+                f"{remasking} is none; give decoding.remasking=low_confidence or margin, or "
+                f"decoding.{name}=null"
+            )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spg.core.world import World
@@ -105,6 +106,12 @@ class Rollout(_Rows):
     def lengths(self) -> Tensor:
         """Number of holes up to and including the first EOS [B]."""
         return self.holes.sum(-1)
+
+    @property
+    def steps_taken(self) -> Tensor:
+        """Number of decoding steps that committed a token [B]."""
+        ordered = F.pad(self.commit_step, (1, 0), value=-1).sort(-1).values
+        return (ordered[:, 1:] != ordered[:, :-1]).sum(-1)
 
     def inputs_at(self, step: Tensor, mask_id: int) -> Tensor:
         """Return the policy's inputs [B M L] in decoding steps `step` [B M] of the sequences."""

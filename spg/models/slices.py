@@ -1,8 +1,8 @@
 """Tensors of a checkpoint in slices: a folder in which each process of a run writes a file of its own.
 
 The folders are PyTorch's distributed checkpoints (`torch.distributed.checkpoint`). Any number of processes
-reads them, each only what it needs, and a single process reads whole tensors. The file of the checkpoint holds
-everything else, and the name of the folder beside it.
+reads them, each only what it needs, and a single process reads whole tensors. The file of the checkpoint
+holds everything else, and the name of the folder beside it.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ CHANGEABLE = (
     "trainer.micro_batch_size",
     "trainer.eval_batch_size",
     "trainer.checkpoint_format",
+    "trainer.nodes",
     "trainer.devices",
     "trainer.strategy",
     "logger",

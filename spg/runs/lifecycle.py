@@ -96,6 +96,7 @@ def resume(path: str, overrides: Sequence[str], train: Train) -> None:
     before = read_config(folder)
     cfg = apply_changes(before, overrides, folder)
     config.check(cfg)
+    config.check_launcher(cfg)
     checkpoint = target if target.suffix == ".ckpt" else None
     if rank() > 0:
         train(Run(cfg, folder, checkpoint, started=started))

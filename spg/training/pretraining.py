@@ -31,6 +31,7 @@ from spg.models.weights import save_weights
 from spg.rollout.decoder import Decoder, mask_through_first
 from spg.rollout.prompt_order import PromptStream
 from spg.tasks.base import Task
+from spg.training.environment import fixed_arguments
 
 log = logging.getLogger(__name__)
 
@@ -139,12 +140,8 @@ def pretrain(cfg: DictConfig, folder: Path) -> Path:
         accelerator=cfg.trainer.accelerator if "trainer" in cfg else cfg.accelerator,
         devices=1,
         max_steps=numbers.steps,
-        max_epochs=1,
         logger=False,
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **fixed_arguments(folder, alone=True),
     )
     trainer.fit(module, DataLoader(stream, batch_size=None))
     seconds = time.perf_counter() - started

@@ -33,6 +33,7 @@ from spg.training.callbacks import (
     Validation,
 )
 from spg.training.checkpoint import CheckpointFiles, processes_of
+from spg.training.environment import fixed_arguments
 from spg.training.fsdp import Sharded, sharding_of
 from spg.training.loggers import MetricsCSV, wandb_logger
 from spg.training.module import Training
@@ -94,24 +95,21 @@ def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | No
     if first:
         metrics = MetricsCSV(run.folder)
         if start is not None:
-            _rewind(module, start, run, metrics, validation)
+            _rewind(module, start, run, settings, metrics, validation)
         loggers = [metrics, *_open(run)]
         callbacks = [ProgressBar(), *callbacks, Samples(settings.samples_every)]
     with interruption.listen():
         trainer = pl.Trainer(
             accelerator=settings.accelerator,
             strategy=make_strategy(settings),
-            plugins=[CheckpointFiles()],
             devices=settings.devices,
+            num_nodes=settings.nodes,
             precision="32-true",  # the policy has a precision of its own
-            max_epochs=1,
             logger=loggers,
             callbacks=callbacks,
-            log_every_n_steps=1,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **fixed_arguments(run.folder),
         )
+        trainer.strategy.checkpoint_io = CheckpointFiles()
         trainer.fit(module, Rollouts(module), ckpt_path=start and start.path, weights_only=True)
         if module.updates < module.max_updates:
             raise Interrupted(f"stopped after update {module.updates}, which is saved")
@@ -122,14 +120,21 @@ def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | No
     return interruption.asked
 
 
-def _rewind(module: Training, start: Start, run: Run, metrics: MetricsCSV, validation: Validation) -> None:
+def _rewind(
+    module: Training,
+    start: Start,
+    run: Run,
+    settings: TrainerSettings,
+    metrics: MetricsCSV,
+    validation: Validation,
+) -> None:
     """Set module, metrics and files back to `start`; raise RunError before anything is written."""
     module.on_load_checkpoint(start.state)
     metrics.up_to(module.updates)
     rewind_files(start, run.folder / "checkpoints", validation)
     metrics.cut(module.updates)
     log.info("Going on after update %d (%s)", module.updates, start.path.name)
-    before, now = processes_of(start.state), run.cfg.trainer.devices * run.cfg.trainer.get("nodes", 1)
+    before, now = processes_of(start.state), settings.nodes * settings.devices
     if before != now:
         log.info(
             "%d processes go on with the work of %d: rounding changes, and the noise of an adapter's dropout",
@@ -193,6 +198,7 @@ def _report(module: Training, run: Run, settings: TrainerSettings, measured: Map
         "seed": module.seed,
         "threads": settings.threads,
         "devices": settings.devices,
+        "nodes": settings.nodes,
         "versions": versions(),
         "git_commit": git_commit(),
     }
