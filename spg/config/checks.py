@@ -17,6 +17,7 @@ from spg.config.saved import shipped_option
 from spg.config.values import Node, check_values, nodes, part_at
 from spg.core.combinations import (
     check_commit_rule,
+    check_couples,
     check_group_size,
     check_length_counted_once,
     check_omega_has_data,
@@ -90,6 +91,26 @@ def _check_order(cfg: DictConfig) -> None:
                     f"{node.key}.{low}={below} is above {node.key}.{high}={above}; lower it, or raise "
                     f"{node.key}.{high}"
                 )
+
+
+def check_files(cfg: DictConfig) -> None:
+    """Refuse paths that do not exist, for the parameters of parts that a class declares as `files`.
+
+    A run or an evaluation that goes on is not checked: its data may be elsewhere now, and not be needed.
+
+    Raises:
+        ConfigError: for the first such path.
+    """
+    for node in nodes(cfg):
+        for name, *words_allowed in node.fact("files", ()):
+            value = node.get(name)
+            if value is None or value in words_allowed or Path(str(value)).exists():
+                continue
+            also = "".join(f", or {node.key}.{name}={word}" for word in words_allowed)
+            raise ConfigError(
+                f"{node.key}.{name}={value}: there is no such file or folder "
+                f"({Path(str(value)).absolute()}); give one that exists{also}"
+            )
 
 
 def check_trainer(cfg: DictConfig) -> None:
@@ -187,6 +208,7 @@ def check_method(cfg: DictConfig) -> None:
         check_length_counted_once(scale, bool(objective.get("length_weighting")))
         if objective.fact("needs_sums", False):
             check_sums(scale, adaptive, _name(objective))
+    check_couples(objective.fact("couples", "batch"), _name(objective))
     completions = objective.fact("completions_per_prompt")
     if completions is not None:
         what = f"{_name(objective)} compares {completions} completions of each prompt"

@@ -64,4 +64,26 @@ def notes(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
     lines += unread_steps(cfg, overrides)
     if "beta" in cfg and "beta" not in unread and cfg.beta < 1:
         lines.append(f"Note: with beta={cfg.beta}, below 1, the EUBO is not an upper bound.")
+    return [*lines, *decoding_notes(cfg)]
+
+
+def decoding_notes(cfg: DictConfig) -> list[str]:
+    """Return what a user should know about the lengths and steps of a valid configuration, a line each."""
+    lines = []
+    length, steps = cfg.gen_length, cfg.decoding.steps
+    by_confidence = any(cfg.decoding.get(rule) is not None for rule in ("threshold", "factor"))
+    if steps > length and not by_confidence:
+        lines.append(
+            f"Note: decoding.steps={steps} is above gen_length={length}. A step commits one token or more, "
+            f"so there are {length} steps at most."
+        )
+    sizes = {"decoding.block_size": cfg.decoding.block_size}
+    if "masking" in cfg and cfg.masking.get("block_size") not in (None, cfg.decoding.block_size):
+        sizes["masking.block_size"] = cfg.masking.block_size
+    for key, size in sizes.items():
+        if size < length and length % size:
+            lines.append(
+                f"Note: {key}={size} does not divide gen_length={length}. The last block is shorter "
+                f"({length % size})."
+            )
     return lines

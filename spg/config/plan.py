@@ -16,7 +16,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
-from spg.config.checks import check, check_launcher
+from spg.config.checks import check, check_files, check_launcher
 from spg.config.composition import (
     check_names,
     compose_open,
@@ -82,6 +82,7 @@ def preflight(primary: str, argv: Sequence[str]) -> Plan:
         for lines in _one_at_a_time(every, multirun):
             cfg = compose_open(name, lines)
             check(cfg)
+            check_files(cfg)
             # other commands than training only read the settings; jobs of a cluster check them there
             if primary == "config" and not (multirun and _starts_elsewhere(sweeper, every)):
                 check_launcher(cfg)

@@ -5,6 +5,11 @@ This module knows only numbers and words, so that a bad combination is refused b
 
 from __future__ import annotations
 
+from typing import Any, Literal, get_args
+
+# what an objective's loss joins in other ways than by a sum; see spg.algorithms.objectives.coupling
+Couples = Literal["sequence", "group", "batch"]
+
 
 def check_length_counted_once(normalization: str, length_weighting: bool) -> None:
     """Refuse an estimator and an objective that would both weight a sequence by its length.
@@ -105,6 +110,19 @@ def check_omega_has_data(num_mc: int, mu: int, fresh: bool, masking: str) -> Non
             "omega=auto with mu=1: masks are compared between the inner updates on a rollout; set mu=2 or "
             "more, or omega to a number from 0 to 1"
         )
+
+
+def check_couples(value: Any, objective: str) -> Couples:
+    """Return the `couples` of an objective's class, the name of which is for the message.
+
+    Raises:
+        ValueError: if it is not one of the known values.
+    """
+    allowed: tuple[Couples, ...] = get_args(Couples)
+    for known in allowed:
+        if value == known:
+            return known
+    raise ValueError(f"{objective} has couples={value!r}; set it to one of {', '.join(allowed)}")
 
 
 def check_commit_rule(remasking: str, threshold: float | None, factor: float | None) -> None:

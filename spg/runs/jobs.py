@@ -46,6 +46,7 @@ def train_job(
         if fresh:
             begin(own, folder, overrides)
         before = read_config(folder)
+        config.check_complete(before, folder / "config.yaml")
         check_same(identity(before), identity(own), folder)
         finished = read_status(folder).get("state") == "finished"
         if finished and own.trainer.max_updates <= before.trainer.max_updates:

@@ -17,8 +17,9 @@ from omegaconf import DictConfig
 
 from spg import config
 from spg.config import ConfigError
+from spg.core.commands import command_line
 from spg.core.process import rank
-from spg.models import hub
+from spg.models import base_weights, hub
 from spg.runs.directory import log_to, read_config, write_config
 from spg.runs.identity import apply_changes
 from spg.runs.status import lock, read_status, record_failure, write_status
@@ -61,8 +62,8 @@ def start(cfg: DictConfig, folder: Path, overrides: Sequence[str], train: Train)
         raise ConfigError(f"{folder} holds an evaluation; give another hydra.run.dir")
     if any((folder / name).exists() for name in ("metrics.csv", "checkpoints")):  # what could be lost
         raise ConfigError(
-            f"{folder} holds a run already; go on with it (python -m spg.train resume={folder}), or give "
-            "another hydra.run.dir"
+            f"{folder} holds a run already; go on with it ({command_line('train', f'resume={folder}')}), or "
+            "give another hydra.run.dir"
         )
     with lock(folder):
         cfg = hub.settle(cfg)
@@ -75,7 +76,8 @@ def begin(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> None:
     # whether a key is read shows in interpolations, which config.yaml, being resolved, no longer has
     write_status(folder, state="running", unused_knobs=config.unread_knobs(cfg), arguments=list(overrides))
     write_config(cfg, folder)
-    for line in config.notes(cfg, list(overrides)):
+    missing = base_weights.announce(cfg)
+    for line in (*config.notes(cfg, list(overrides)), *([] if missing is None else [missing])):
         log.warning(line)
 
 
@@ -94,6 +96,7 @@ def resume(path: str, overrides: Sequence[str], train: Train) -> None:
             "`python -m spg.train` printed, or a checkpoint in it"
         )
     before = read_config(folder)
+    config.check_complete(before, folder / "config.yaml")
     cfg = apply_changes(before, overrides, folder)
     config.check(cfg)
     config.check_launcher(cfg)

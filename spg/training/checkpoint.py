@@ -23,7 +23,7 @@ from spg.config.renames import update_paths
 from spg.core.errors import RunError
 from spg.core.world import World
 from spg.models.weights import describe_checkpoint, fill_weights, read_checkpoint
-from spg.runs.identity import CHANGEABLE
+from spg.runs.identity import CHANGEABLE, find_difference
 from spg.training.fsdp import sharding_of
 
 FORMAT = 1
@@ -204,10 +204,10 @@ def processes_of(checkpoint: Mapping[str, Any]) -> int:
 
 def _check_identity(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     # more settings may change now than when an older version wrote theirs
-    for key in sorted((ours.keys() | theirs.keys()) - set(CHANGEABLE)):
-        before, now = theirs.get(key, "nothing"), ours.get(key, "nothing")
-        if before != now:
-            raise RunError(
-                f"the checkpoint belongs to a run with {key}={before}, this one has {key}={now}; "
-                "resume with the run's own settings, or start a new run"
-            )
+    before, now = ({k: v for k, v in side.items() if k not in CHANGEABLE} for side in (theirs, ours))
+    found = find_difference(before, now)
+    if found is not None:
+        raise RunError(
+            f"the checkpoint belongs to a run with {found[0]}, this one has {found[1]}; resume with the "
+            "run's own settings, or start a new run"
+        )

@@ -35,6 +35,9 @@ from spg.training.environment import fixed_arguments
 
 log = logging.getLogger(__name__)
 
+# steps after which pretraining says how long it takes
+TIMED = 20
+
 
 class Pretraining(pl.LightningModule):
     """Maximizes the ELBO of solver-made completions: masked diffusion training.
@@ -60,6 +63,7 @@ class Pretraining(pl.LightningModule):
         self.masking = Random(num_mc=1, prompt_mask_prob=0.0)
         self.elbo = ELBO()
         self.seed = seed
+        self._began = 0.0  # value of time.perf_counter() when training began
 
     def training_step(self, examples: list[Example], batch_idx: int) -> Tensor:
         """Return the mean negative ELBO, in nats per token."""
@@ -69,6 +73,16 @@ class Pretraining(pl.LightningModule):
             samples.tokens[:, 0], targets.attention_mask, targets.completion_ids, samples.scored[:, 0]
         )
         return -self.elbo(token_logps.unsqueeze(1), samples).sum(-1).mean()
+
+    def on_train_start(self) -> None:
+        """Note when training began."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: list[Example], batch_idx: int) -> None:
+        """Say how long training takes, as soon as some steps tell that."""
+        if batch_idx + 1 == TIMED < self.steps:
+            seconds = (time.perf_counter() - self._began) / TIMED * (self.steps - TIMED)
+            log.info("Pretraining ends in about %.0f s", seconds)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and its linear decay."""
@@ -103,7 +117,7 @@ def ensure_base_weights(cfg: DictConfig) -> Path:
     path = base_weights.look_up(cfg)
     if path is not None:
         return path
-    log.info("No base weights ship for this combination: pretraining (%d steps) ...", cfg.pretrain.steps)
+    log.info("No base weights are there for these settings: pretraining (%d steps) ...", cfg.pretrain.steps)
     return pretrain(cfg, base_weights.cache_dir())
 
 
