@@ -15,6 +15,7 @@ from spg.cli.sweep import check_writable, sweep
 from spg.config import (
     CONF_DIR,
     ConfigError,
+    check_folder_is_fixed,
     group_choices,
     preflight,
     show_help,
@@ -61,8 +62,11 @@ def run(
 def _run(primary: str, job: Job, resume: Resume | None, report: Callable[[Path], Any]) -> None:
     argv = _put_multirun_first(group_choices(sys.argv[1:]))
     paths = [line.removeprefix("resume=") for line in argv if line.startswith("resume=")]
-    if resume is not None and paths and not {"--help", "-h"} & set(argv):
-        others = [line for line in argv if not line.startswith("resume=")]
+    others = [line for line in argv if not line.startswith("resume=")]
+    auto = primary == "config" and paths[-1:] == ["auto"]
+    if auto:
+        argv = others
+    elif resume is not None and paths and not {"--help", "-h"} & set(argv):
         flags = [line for line in others if line.startswith("-")]
         if flags:
             raise ConfigError(f"{flags[0]} can't be given together with resume=...; leave it out")
@@ -72,11 +76,16 @@ def _run(primary: str, job: Job, resume: Resume | None, report: Callable[[Path],
     if plan.help:
         show_help(primary, plan.own)
         return
+    auto = auto and not plan.multirun  # jobs of a multirun go on in any case
+    if auto:
+        check_folder_is_fixed(primary, plan)
     sys.argv[1:] = plan.arguments
     failures: list[Exception] = []
 
     def catch(cfg: DictConfig) -> None:
         try:
+            if auto:
+                cfg.resume = "auto"
             job(cfg)
         except (InputError, RunError, OSError) as error:  # Hydra would print a line of its own before it
             failures.append(error)

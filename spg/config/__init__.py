@@ -18,7 +18,7 @@ from spg.config.instances import build
 from spg.config.knobs import notes, unread_knobs
 from spg.config.names import is_known, keys, nearest
 from spg.config.options import CONF_DIR, group_choices, groups
-from spg.config.plan import Plan, preflight, sweep_folder
+from spg.config.plan import Plan, check_folder_is_fixed, preflight, sweep_folder
 from spg.config.renames import current_path, update_paths
 from spg.config.saved import load_saved, make_paths_absolute, shipped_option, task_of_run
 from spg.config.values import rules
@@ -29,6 +29,7 @@ __all__ = [
     "Plan",
     "build",
     "check",
+    "check_folder_is_fixed",
     "check_model",
     "check_samples",
     "compose",

@@ -44,7 +44,9 @@ RENAMED: dict[str, str] = {
 }
 
 # settings that runs of older versions lack -> the value, as text, with which a run is still the same run
-ADDED: dict[str, str] = {}
+ADDED: dict[str, str] = {
+    "trainer.requeue": "False",
+}
 
 
 def current_path(target: str) -> str:

@@ -22,6 +22,7 @@ CHANGEABLE = (
     "trainer.threads",
     "trainer.micro_batch_size",
     "trainer.eval_batch_size",
+    "trainer.requeue",
     "logger",
 )
 
@@ -49,18 +50,37 @@ def identity(cfg: DictConfig, changeable: Sequence[str] = CHANGEABLE) -> dict[st
     return leaves
 
 
-def check_same(before: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:
+def check_same(
+    before: Mapping[str, str], now: Mapping[str, str], folder: Path, option: str = "hydra.sweep.dir"
+) -> None:
     """Compare the identity of the run in `folder` with the one that was asked for.
+
+    Args:
+        before: Identity of the run in `folder`.
+        now: Identity that was asked for.
+        folder: Directory of the run.
+        option: The key that sets the directory, for the message.
 
     Raises:
         OtherRunError: if they differ, with the first setting that does.
     """
-    for key in sorted(before.keys() | now.keys()):
+    # a setting at the root is what the user sets, and others may take its value
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key.count("."), key)):
         if before.get(key) != now.get(key):
             raise OtherRunError(
                 f"{folder} holds a run with {key}={before.get(key, 'nothing')}, not "
-                f"{now.get(key, 'nothing')}; give another hydra.sweep.dir, or remove it"
+                f"{now.get(key, 'nothing')}; give another {option}, or remove it"
             )
+
+
+def changes(before: DictConfig, now: DictConfig) -> list[str]:
+    """Return the settings of the trainer that a run changes when it goes on, as lines `key=value`."""
+    lines = []
+    for key in CHANGEABLE:
+        old, new = (OmegaConf.select(cfg, key) for cfg in (before, now))
+        if key.startswith("trainer.") and old != new:
+            lines.append(f"{key}={'null' if new is None else new}")
+    return lines
 
 
 def apply_changes(

@@ -37,8 +37,8 @@ def explain_failures(cfg: DictConfig, folder: Path) -> Iterator[None]:
     try:
         yield
     except (NonFiniteError, Interrupted) as error:
-        if rank() > 0:
-            raise SystemExit(1) from error
+        if rank() > 0:  # a launcher ends all processes of a run if one of them ends with an error
+            raise SystemExit(0 if isinstance(error, Interrupted) else 1) from error
         if isinstance(error, Interrupted):
             raise Interrupted(f"{error}; go on with: {again}") from error
         raise RunError(f"{error}\nNothing was saved after it{_save(error, cfg, folder)}") from error
