@@ -63,7 +63,7 @@ def measure(num_mc: int, repeats: int, checkpoint: Path | None, seed: int) -> di
         logps = torch.zeros(samples.scored.shape)
         batch = UpdateBatch.of(experience, samples)
         for piece in module.gradient.split(batch):
-            logps = logps.index_put(piece, module.gradient.token_logps(batch, piece))
+            logps = logps.index_put(piece.at, module.gradient.token_logps(batch, piece))
         both = []
         for bound in (mixture.lower, mixture.upper):
             value = (weight * bound(logps, samples).sum(-1)).sum()

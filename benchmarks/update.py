@@ -259,7 +259,7 @@ def main() -> None:
     parser = make_parser(__doc__, rounds=5)
     parser.add_argument("--draws", type=int, default=2, help="m, masked samples of each completion")
     parser.add_argument(
-        "--more-draws", type=numbers(int), default=[1, 16], help="m of passes in pieces; 1,16 by default"
+        "--more-draws", type=numbers(int), default=[1, 2, 16], help="m of passes in pieces; 1,2,16 by default"
     )
     parser.add_argument("--beta", type=float, default=1.5, help="exponent of the upper bound")
     parser.add_argument("--omega", type=float, default=0.5, help="share of the upper bound in the mixture")

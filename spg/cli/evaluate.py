@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from spg import config
 from spg.cli import base_weights, launch
 from spg.cli.job_names import swept_values
 from spg.config import ConfigError
+from spg.core.commands import command_line
 from spg.core.errors import Interrupted, RunError
 from spg.evaluation.comparison import report_multirun
 from spg.evaluation.settings import CHANGEABLE, fingerprints, merge_settings
@@ -51,8 +53,8 @@ def start(cfg: DictConfig, folder: Path) -> None:
     """
     if (folder / "generations.jsonl").exists():
         raise ConfigError(
-            f"{folder} holds an evaluation already; go on with it (python -m spg.evaluate resume={folder}), "
-            "or give another hydra.run.dir"
+            f"{folder} holds an evaluation already; go on with it "
+            f"({command_line('evaluate', f'resume={folder}')}), or give another hydra.run.dir"
         )
     if runs.holds_run(folder):
         raise ConfigError(f"{folder} holds a training run; give another hydra.run.dir")
@@ -78,9 +80,10 @@ def resume(path: str, overrides: list[str]) -> None:
     config.check(changed)
     with lock(folder):
         if read_status(folder).get("state") == "finished":
+            saved = shlex.quote(f"generations={folder / 'generations.jsonl'}")
             raise ConfigError(
                 f"resume={path}: this evaluation is finished: {folder / 'results.json'}; to score its "
-                f"completions anew: generations={folder / 'generations.jsonl'}"
+                f"completions anew: {saved}"
             )
         runs.write_config(changed, folder)
         runs.log_to(folder / "evaluate.log")
@@ -117,7 +120,7 @@ def _same_files(made_with: dict[str, Any], cfg: DictConfig, folder: Path) -> Non
 
 def _work(cfg: DictConfig, folder: Path) -> None:
     """Evaluate, and write to the folder's status how it ended; Ctrl-C and SIGTERM say how to go on."""
-    again = f"python -m spg.evaluate resume={folder}"
+    again = command_line("evaluate", f"resume={folder}")
     write_status(folder, state="running", error=None)
     with (
         record_failure(folder),

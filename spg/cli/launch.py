@@ -10,6 +10,7 @@ from typing import Any
 
 import hydra
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from spg.cli.sweep import check_writable, sweep
 from spg.config import (
@@ -18,8 +19,10 @@ from spg.config import (
     check_folder_is_fixed,
     group_choices,
     preflight,
+    quote_paths,
     show_help,
     task_of_run,
+    unquote,
 )
 from spg.core.errors import InputError, Interrupted, RunError
 from spg.core.files import DISK_FULL
@@ -60,8 +63,8 @@ def run(
 
 
 def _run(primary: str, job: Job, resume: Resume | None, report: Callable[[Path], Any]) -> None:
-    argv = _put_multirun_first(group_choices(sys.argv[1:]))
-    paths = [line.removeprefix("resume=") for line in argv if line.startswith("resume=")]
+    argv = _put_multirun_first(quote_paths(group_choices(sys.argv[1:])))
+    paths = [unquote(line.removeprefix("resume=")) for line in argv if line.startswith("resume=")]
     others = [line for line in argv if not line.startswith("resume=")]
     auto = primary == "config" and paths[-1:] == ["auto"]
     if auto:
@@ -70,7 +73,13 @@ def _run(primary: str, job: Job, resume: Resume | None, report: Callable[[Path],
         flags = [line for line in others if line.startswith("-")]
         if flags:
             raise ConfigError(f"{flags[0]} can't be given together with resume=...; leave it out")
-        resume(paths[-1], others)
+        try:
+            resume(paths[-1], others)
+        except OmegaConfBaseException as error:  # a setting that this version reads is not there
+            raise ConfigError(
+                f"resume={paths[-1]}: {' '.join(str(error).split())} in its config.yaml, which is not as it "
+                "was written; restore the file, or start anew"
+            ) from error
         return
     plan = preflight(primary, _add_task_of_run(argv) if primary == "evaluate" else argv)
     if plan.help:

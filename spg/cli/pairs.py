@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -175,8 +176,8 @@ def report(file: PairsFile, cfg: DictConfig) -> None:
     )
     log.info("Written: %s", file.path)
     log.info(
-        "Train on it, with this task and model: algorithm=vrpo preferences=pairs preferences.path=%s",
-        file.path,
+        "Train on it, with this task and model: algorithm=vrpo preferences=pairs %s",
+        shlex.quote(f"preferences.path={file.path}"),
     )
 
 

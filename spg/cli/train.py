@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from spg import config
 from spg.cli import launch
 from spg.cli.job_names import swept_values
+from spg.core.commands import command_line
 from spg.core.process import rank
 from spg.runs import lifecycle
 from spg.runs.jobs import train_job
@@ -80,7 +81,7 @@ def train(run: Run) -> bool:
 
     def abort(text: str) -> None:
         write_status(folder, state="failed", error=text)
-        os.write(2, f"{text}; go on with: python -m spg.train resume={folder}\n".encode())
+        os.write(2, f"{text}; go on with: {command_line('train', f'resume={folder}')}\n".encode())
         os._exit(1)
 
     with explain_failures(cfg, folder):

@@ -10,17 +10,18 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from spg.config.checks import check, check_model, check_samples
+from spg.config.checks import check, check_launcher, check_model, check_samples
 from spg.config.composition import compose_unchecked, defaults
 from spg.config.errors import ConfigError
 from spg.config.help import show_help
 from spg.config.instances import build
-from spg.config.knobs import notes, unread_knobs
+from spg.config.knobs import decoding_notes, notes, unread_knobs, unread_steps
 from spg.config.names import is_known, keys, nearest
 from spg.config.options import CONF_DIR, group_choices, groups
+from spg.config.paths import quote_paths, unquote
 from spg.config.plan import Plan, check_folder_is_fixed, preflight, sweep_folder
 from spg.config.renames import current_path, update_paths
-from spg.config.saved import load_saved, make_paths_absolute, shipped_option, task_of_run
+from spg.config.saved import check_complete, load_saved, make_paths_absolute, shipped_option, task_of_run
 from spg.config.values import rules
 
 __all__ = [
@@ -29,11 +30,14 @@ __all__ = [
     "Plan",
     "build",
     "check",
+    "check_complete",
     "check_folder_is_fixed",
+    "check_launcher",
     "check_model",
     "check_samples",
     "compose",
     "current_path",
+    "decoding_notes",
     "defaults",
     "group_choices",
     "groups",
@@ -44,12 +48,15 @@ __all__ = [
     "nearest",
     "notes",
     "preflight",
+    "quote_paths",
     "rules",
     "shipped_option",
     "show_help",
     "sweep_folder",
     "task_of_run",
+    "unquote",
     "unread_knobs",
+    "unread_steps",
     "update_paths",
 ]
 

@@ -16,12 +16,15 @@ from spg.config.names import nearest
 from spg.config.saved import shipped_option
 from spg.config.values import Node, check_values, nodes, part_at
 from spg.core.combinations import (
+    check_commit_rule,
+    check_couples,
     check_group_size,
     check_length_counted_once,
     check_omega_has_data,
     check_pairs,
     check_sums,
 )
+from spg.core.process import place
 from spg.core.rules import allows, words
 
 
@@ -41,6 +44,8 @@ def check(cfg: DictConfig) -> None:
         check_trainer(cfg)
     if "model" in cfg and cfg.get("run") is None:  # else the run's model decides
         check_model(cfg)
+    if "decoding" in cfg:
+        check_decoding(cfg)
     if cfg.get("preferences") is not None:
         check_preferences(cfg)
     if "samples" in cfg and cfg.get("run") is None:  # else the run's decoding decides
@@ -88,21 +93,57 @@ def _check_order(cfg: DictConfig) -> None:
                 )
 
 
+def check_files(cfg: DictConfig) -> None:
+    """Refuse paths that do not exist, for the parameters of parts that a class declares as `files`.
+
+    A run or an evaluation that goes on is not checked: its data may be elsewhere now, and not be needed.
+
+    Raises:
+        ConfigError: for the first such path.
+    """
+    for node in nodes(cfg):
+        for name, *words_allowed in node.fact("files", ()):
+            value = node.get(name)
+            if value is None or value in words_allowed or Path(str(value)).exists():
+                continue
+            also = "".join(f", or {node.key}.{name}={word}" for word in words_allowed)
+            raise ConfigError(
+                f"{node.key}.{name}={value}: there is no such file or folder "
+                f"({Path(str(value)).absolute()}); give one that exists{also}"
+            )
+
+
 def check_trainer(cfg: DictConfig) -> None:
     """Refuse numbers of processes and prompts that do not fit together; raises ConfigError."""
     trainer = cfg.trainer
-    if trainer.prompts_per_rollout % trainer.devices:
+    nodes = trainer.get("nodes", 1)
+    count = nodes * trainer.devices
+    given = f"trainer.nodes={nodes} times " if nodes > 1 else ""
+    given += f"trainer.devices={trainer.devices}"
+    if trainer.prompts_per_rollout % count:
         raise ConfigError(
             f"trainer.prompts_per_rollout={trainer.prompts_per_rollout} can't be shared out among "
-            f"trainer.devices={trainer.devices} processes; give a multiple of that number"
+            f"{given} processes; give a multiple of {count}"
         )
-    if trainer.devices > 1 and trainer.strategy == "auto":
-        raise ConfigError(f"trainer.devices={trainer.devices} needs trainer=ddp")
+    if count > 1 and trainer.strategy == "auto":
+        raise ConfigError(f"{given} needs trainer=ddp")
     if trainer.strategy == "fsdp" and cfg.model.get("lora") is not None:
         raise ConfigError(
             "trainer=fsdp shares out the weights that are trained, and an adapter trains few: give "
             "trainer=ddp, where each process holds the frozen weights whole, or model.lora=null"
         )
+
+
+def check_launcher(cfg: DictConfig) -> None:
+    """Refuse a number of processes that the launcher of this process has not started.
+
+    Raises:
+        ConfigError: with the numbers, and how to start the run.
+    """
+    if "trainer" in cfg:
+        complaint = place().complaint(cfg.trainer.get("nodes", 1), cfg.trainer.devices)
+        if complaint is not None:
+            raise ConfigError(complaint)
 
 
 def check_model(cfg: DictConfig) -> None:
@@ -162,6 +203,7 @@ def check_method(cfg: DictConfig) -> None:
         check_length_counted_once(scale, bool(objective.get("length_weighting")))
         if objective.fact("needs_sums", False):
             check_sums(scale, adaptive, _name(objective))
+    check_couples(objective.fact("couples", "batch"), _name(objective))
     completions = objective.fact("completions_per_prompt")
     if completions is not None:
         what = f"{_name(objective)} compares {completions} completions of each prompt"
@@ -233,6 +275,15 @@ def check_preferences(cfg: DictConfig) -> None:
             f"masking={name} follows the steps in which a completion was decoded, and recorded ones have "
             "none; give masking=random, or leave out preferences=pairs"
         )
+
+
+def check_decoding(cfg: DictConfig) -> None:
+    """Refuse rules of a decoder that exclude each other; raises ConfigError."""
+    decoding = cfg.decoding
+    try:
+        check_commit_rule(str(decoding.get("remasking")), decoding.get("threshold"), decoding.get("factor"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_samples(cfg: DictConfig) -> None:

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from spg.config.errors import ConfigError
 from spg.config.names import is_known, keys, nearest
 from spg.config.options import CONF_DIR, OPTIONAL, group_choices, groups
+from spg.config.paths import quote
 
 # paths of files and the times of their last change
 Stamp = tuple[tuple[str, int], ...]
@@ -86,10 +87,16 @@ def _stamp() -> Stamp:
 
 def parse_overrides(lines: Sequence[str]) -> list[Override]:
     """Parse overrides inside `open_hydra`; raises ConfigError."""
-    try:
-        return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(list(lines))
-    except HydraException as error:
-        raise ConfigError(f"the command line can't be read: {str(error).splitlines()[0]}") from error
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    found = []
+    for line in lines:
+        try:
+            found.append(parser.parse_override(line))
+        except HydraException as error:
+            key, equals, value = line.partition("=")
+            remedy = f'; if the value is one text, quote it: "{key}={quote(value)}"' if equals else ""
+            raise ConfigError(f"{line} can't be read: {str(error).splitlines()[0]}{remedy}") from error
+    return found
 
 
 def is_hydra(override: Override) -> bool:

@@ -11,11 +11,13 @@ Its class says everything that the configuration check needs to know, and no lis
 | --- | --- | --- |
 | objective | `needs_sums = True` | its estimator must have normalization=elbo_weight and a fixed omega |
 | objective, preferences | `completions_per_prompt = 2` | group_size must be this number |
+| objective | `couples = "sequence"` | the update takes one pass, see `spg.algorithms.objectives.coupling` |
 | masking | `fresh_each_update = False` | all inner updates on a rollout get the same masks |
 | masking | `needs_commit_steps = True` | follows the decoding steps, which recorded completions lack |
 | masking | `draws_in_pairs = "..."` | num_mc must be even; the text names the kind of pair |
 | masking | `draws_in_pairs = {"draws": ("antithetic",)}` | so only if a parameter has one of these values |
 | any | `ordered = (("min_empty", "max_empty"),)` | the first parameter may not be above the second |
+| any | `files = (("path", "hub"),)` | the parameter names what exists, or is one of the words after it |
 | network | `published_sizes`, `_implied`, `_fixed` | how its config.json is read: see `spg.models.hub` |
 
 Nothing is imported here: a class is found and read as text, in about a millisecond.

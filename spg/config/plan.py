@@ -16,7 +16,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from spg.config.checks import check
+from spg.config.checks import check, check_files, check_launcher
 from spg.config.composition import (
     check_names,
     compose_open,
@@ -80,7 +80,12 @@ def preflight(primary: str, argv: Sequence[str]) -> Plan:
         every = [*parse_overrides([f"{k}={v}" for k, v in params.items() if k not in given]), *overrides]
         check_names(name, every, own)
         for lines in _one_at_a_time(every, multirun):
-            check(compose_open(name, lines))
+            cfg = compose_open(name, lines)
+            check(cfg)
+            check_files(cfg)
+            # other commands than training only read the settings; jobs of a cluster check them there
+            if primary == "config" and not (multirun and _starts_elsewhere(sweeper, every)):
+                check_launcher(cfg)
     # of several overrides of one key Hydra takes the last
     last = {key_as_written(o): o for o in every if not is_hydra(o)}
     values = {
@@ -99,6 +104,12 @@ def _title(name: str, overrides: Sequence[Override], from_file: bool) -> str:
     digest = hashlib.sha256(" ".join(asked).encode()).hexdigest()[:8]
     title = name or "single"
     return re.sub(r"[^\w.-]", ".", title if from_file and not asked else f"{title}-{digest}")
+
+
+def _starts_elsewhere(settings: DictConfig, overrides: Sequence[Override]) -> bool:
+    """Return whether submitit starts the jobs of a multirun, each of which may have several nodes."""
+    names = [str(o.value()) for o in overrides if o.key_or_group == "hydra/launcher"]
+    return any("submitit" in name for name in names or [str(settings.launcher.get("_target_"))])
 
 
 def sweep_folder(primary: str, plan: Plan) -> Path:

@@ -45,6 +45,9 @@ RENAMED: dict[str, str] = {
 
 # settings that runs of older versions lack -> the value, as text, with which a run is still the same run
 ADDED: dict[str, str] = {
+    "decoding.threshold": "None",
+    "decoding.factor": "None",
+    "trainer.nodes": "1",
     "trainer.requeue": "False",
 }
 

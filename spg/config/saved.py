@@ -10,8 +10,27 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from spg.config import renames
+from spg.config import parts, renames
+from spg.config.errors import ConfigError
+from spg.config.knobs import KNOBS
+from spg.config.names import nearest
 from spg.config.options import files, folder_of_user
+from spg.config.paths import unquote
+from spg.config.settings import NODES
+
+# settings without which a run can't go on; older runs have them too
+NEEDED = (
+    *("mu", "group_size", "gen_length", "seed", "logger.wandb", "task._target_", "decoding._target_"),
+    *("masking._target_", "advantage._target_", "algorithm.objective._target_", "optimizer.lr"),
+    *("model.network._target_", "model.tokenizer._target_", "model.weights", "model.lora"),
+    *("pretrain.steps", "pretrain.batch_size", "pretrain.lr", "pretrain.seed"),
+    *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.threads"),
+    *("trainer.max_updates", "trainer.prompts_per_rollout", "trainer.micro_batch_size"),
+    *("trainer.eval_batch_size", "trainer.validate_every", "trainer.checkpoint_every"),
+    "trainer.samples_every",
+)
+# settings of older runs that have another place now
+FORMER = ("trainer.precision",)
 
 
 def load_saved(path: Path) -> DictConfig | None:
@@ -24,6 +43,56 @@ def load_saved(path: Path) -> DictConfig | None:
     except (OSError, ValueError, YAMLError):
         return None
     return renames.update_paths(cfg) if isinstance(cfg, DictConfig) else None
+
+
+def check_complete(cfg: DictConfig, path: Path) -> None:
+    """Refuse the configuration of a run in which a setting is missing, or that has one nobody knows.
+
+    Args:
+        cfg: The configuration.
+        path: Its file, for the message.
+
+    Raises:
+        ConfigError: for the first such setting.
+    """
+    have = keys_of(cfg)
+    inner = {key.rpartition(".")[0] for key in have}
+    missing = next((key for key in NEEDED if key not in have and key not in inner), None)
+    unknown = [key for key in have if key not in FORMER and not _is_setting(key)]
+    own = [key for key in unknown if "." in key]  # a root key that is not known may belong to a task
+    if missing is None and not own:
+        return
+    guess = nearest(own[0], _settings_beside(own[0])) if missing is None else nearest(missing, unknown)
+    what = f"there is an unknown setting {own[0]}" if missing is None else f"there is no {missing}"
+    raise ConfigError(
+        f"{path}: {what}{'' if guess is None else f' (nearest: {guess})'}; it is not as a run writes it. "
+        "Restore the file, or start a new run"
+    )
+
+
+def keys_of(cfg: Any) -> list[str]:
+    """Return the dotted names of all leaves of a configuration, those of class names too."""
+    found: list[str] = []
+    for name in map(str, cfg):
+        node = cfg._get_node(name)
+        inner = isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation()
+        found += [f"{name}.{key}" for key in keys_of(node)] if inner else [name]
+    return found
+
+
+def _is_setting(key: str) -> bool:
+    """Return whether a key is a known one, for root keys and for nodes whose settings are all known."""
+    node, _, name = key.rpartition(".")
+    if node not in ("", "trainer", "optimizer", "pretrain"):
+        return True
+    return key in _settings_beside(key) or (not node and name in (*KNOBS, "resume"))
+
+
+def _settings_beside(key: str) -> list[str]:
+    """Return the keys of all settings in the node of a key."""
+    node = key.rpartition(".")[0]
+    names = (name for schema in NODES[node] for name in parts.hints(schema))
+    return [f"{node}.{name}" if node else name for name in names]
 
 
 def shipped_option(group: str, node: Any, own: Path | None = None) -> tuple[str, DictConfig] | None:
@@ -60,8 +129,9 @@ def task_of_run(argv: Sequence[str]) -> str | None:
     if "task" in given or not given.get("run"):
         return None
     found, own = set(), folder_of_user(argv)
-    for run in given["run"].split(","):
-        cfg = load_saved(Path(run.strip("'\"")) / "config.yaml")
+    plain = unquote(given["run"])
+    for run in given["run"].split(",") if plain == given["run"] else [plain]:
+        cfg = load_saved(Path(unquote(run)) / "config.yaml")
         option = None if cfg is None else shipped_option("task", cfg.get("task"), own)
         found.add(option and option[0])
     name = found.pop() if len(found) == 1 else None

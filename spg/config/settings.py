@@ -110,6 +110,7 @@ class Trainer:
 
     accelerator: Accelerator
     strategy: Literal["auto", "ddp", "fsdp"]
+    nodes: Count
     devices: Count
     threads: Count
     max_updates: Count

@@ -5,6 +5,11 @@ This module knows only numbers and words, so that a bad combination is refused b
 
 from __future__ import annotations
 
+from typing import Any, Literal, get_args
+
+# what an objective's loss joins in other ways than by a sum; see spg.algorithms.objectives.coupling
+Couples = Literal["sequence", "group", "batch"]
+
 
 def check_length_counted_once(normalization: str, length_weighting: bool) -> None:
     """Refuse an estimator and an objective that would both weight a sequence by its length.
@@ -105,3 +110,41 @@ def check_omega_has_data(num_mc: int, mu: int, fresh: bool, masking: str) -> Non
             "omega=auto with mu=1: masks are compared between the inner updates on a rollout; set mu=2 or "
             "more, or omega to a number from 0 to 1"
         )
+
+
+def check_couples(value: Any, objective: str) -> Couples:
+    """Return the `couples` of an objective's class, the name of which is for the message.
+
+    Raises:
+        ValueError: if it is not one of the known values.
+    """
+    allowed: tuple[Couples, ...] = get_args(Couples)
+    for known in allowed:
+        if value == known:
+            return known
+    raise ValueError(f"{objective} has couples={value!r}; set it to one of {', '.join(allowed)}")
+
+
+def check_commit_rule(remasking: str, threshold: float | None, factor: float | None) -> None:
+    """Refuse two rules for the number of tokens that a step commits, and a rule without a confidence.
+
+    Args:
+        remasking: What orders the positions.
+        threshold: The confidence above which a position is committed.
+        factor: The factor of the rule that takes a threshold's place.
+
+    Raises:
+        ValueError: if both are given, or if `remasking` is no confidence between 0 and 1.
+    """
+    if threshold is not None and factor is not None:
+        raise ValueError(
+            f"decoding.threshold={threshold} and decoding.factor={factor} are two rules for the same thing; "
+            "give one of the two, and null for the other"
+        )
+    for name, value in (("threshold", threshold), ("factor", factor)):
+        if value is not None and remasking not in ("low_confidence", "margin"):
+            raise ValueError(
+                f"decoding.{name}={value} needs a confidence between 0 and 1, and decoding.remasking="
+                f"{remasking} is none; give decoding.remasking=low_confidence or margin, or "
+                f"decoding.{name}=null"
+            )

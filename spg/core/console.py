@@ -31,6 +31,7 @@ def take_over_logging() -> None:
         root.addHandler(_Lines(console=console))
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # a run needs none
     # Lightning itself causes the first warning; prompts load so fast that they need no worker processes
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

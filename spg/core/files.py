@@ -6,10 +6,14 @@ import csv
 import errno
 import json
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+# how JSON writes one half of a surrogate pair, with the backslash
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -18,6 +22,32 @@ def read_csv(path: str | Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file, as written."""
     with Path(path).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def parse_json(text: str) -> Any:
+    """Return what a JSON text holds.
+
+    Raises:
+        ValueError: if it is not JSON, or if a text in it can't be written as UTF-8: JSON can name one half of
+            a surrogate pair, which is no character.
+    """
+    value = json.loads(text)
+    if _HALF.search(text):
+        check_text(value)
+    return value
+
+
+def check_text(value: Any) -> None:
+    """Raise ValueError if a text in a JSON value holds one half of a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        around = error.object[max(0, error.start - 20) : error.start].encode("utf-8", "backslashreplace")
+        raise ValueError(
+            f"{half!r} behind {around.decode()!r} is one half of a surrogate pair, which is no character; "
+            "write the character whole, or leave it out"
+        ) from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

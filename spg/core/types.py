@@ -12,18 +12,19 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spg.core.world import World
 
 
-def _rows(value: Any, index: Tensor) -> Any:
+def _rows(value: Any, index: Tensor | slice) -> Any:
     if isinstance(value, Tensor):
         return value[index]
     if isinstance(value, Mapping):
         return {name: _rows(item, index) for name, item in value.items()}
     if isinstance(value, tuple):
-        return tuple(value[i] for i in index.tolist())
+        return value[index] if isinstance(index, slice) else tuple(value[i] for i in index.tolist())
     return value.select(index)
 
 
@@ -31,8 +32,8 @@ def _rows(value: Any, index: Tensor) -> Any:
 class _Rows:
     """A record whose every field has one entry per sequence."""
 
-    def select(self, index: Tensor) -> Self:
-        """Return the sequences at `index` [N], in that order."""
+    def select(self, index: Tensor | slice) -> Self:
+        """Return the sequences at `index` [N], in that order; those of a slice are not copied."""
         return type(self)(**{f.name: _rows(getattr(self, f.name), index) for f in fields(self)})
 
 
@@ -105,6 +106,12 @@ class Rollout(_Rows):
     def lengths(self) -> Tensor:
         """Number of holes up to and including the first EOS [B]."""
         return self.holes.sum(-1)
+
+    @property
+    def steps_taken(self) -> Tensor:
+        """Number of decoding steps that committed a token [B]."""
+        ordered = F.pad(self.commit_step, (1, 0), value=-1).sort(-1).values
+        return (ordered[:, 1:] != ordered[:, :-1]).sum(-1)
 
     def inputs_at(self, step: Tensor, mask_id: int) -> Tensor:
         """Return the policy's inputs [B M L] in decoding steps `step` [B M] of the sequences."""
@@ -197,6 +204,7 @@ class UpdateBatch:
     cohort: Cohort
     old: Tensor | None = None  # [B M T] of the policy that made the rollout; None if it is still that policy
     reference: Tensor | None = None  # [B M T] of the model before training
+    is_part: bool = False  # whether it is some sequences of a larger batch; see `part`
 
     @classmethod
     def of(
@@ -217,6 +225,22 @@ class UpdateBatch:
         reference = None if self.reference is None else self.reference[index]
         experience, samples = self.experience.select(index), self.samples.select(index)
         return UpdateBatch.of(experience, samples, old=old, reference=reference)
+
+    def part(self, rows: slice) -> UpdateBatch:
+        """Return the sequences `rows` of this process, which keep the cohort of all.
+
+        If an objective does not compare sequences of different parts, the losses of the parts add up to the
+        loss of the whole.
+        """
+        first = self.cohort.own.start
+        return UpdateBatch(
+            self.experience.select(rows),
+            self.samples.select(rows),
+            replace(self.cohort, own=slice(first + rows.start, first + rows.stop)),
+            None if self.old is None else self.old[rows],
+            None if self.reference is None else self.reference[rows],
+            is_part=True,
+        )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from spg.runs.multirun import Job, read_jobs, read_sweep
 # swept keys that make another model; so does every key of the group `model`
 MODEL_KEYS = ("run", "adapter", "generations")
 Records = Mapping[str, Mapping[str, Any]]
+# figures of a model's scores; older results.json have no steps
+SCORES = ("accuracy", "interval", "n", "steps", "tokens_per_step")
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,10 @@ def report_multirun(folder: Path) -> None:
     selection = _describe_selections(records)
     write_json(folder / "results.json", {**about, "selection": selection, "jobs": states, "results": entries})
     ended = sum(job.state == "finished" for job in jobs)
-    console.print(f"{sweep.name}: {ended} of {len(jobs)} evaluations finished; accuracy, %", markup=False)
-    _show_rows(model_keys, rows, marked)
+    paced = any(key.partition(".")[0] == "decoding" for key in setting_keys)
+    columns = "accuracy, % (tokens a step)" if paced else "accuracy, %"
+    console.print(f"{sweep.name}: {ended} of {len(jobs)} evaluations finished; {columns}", markup=False)
+    _show_rows(model_keys, rows, marked, paced)
     for record in list(records.values())[:1]:
         settings = f"parser {record['parser']}, shots {record['shots']}, split {record['split']}"
         console.print(f"first job: {settings}; each job's results.json has its own", soft_wrap=True)
@@ -127,7 +131,7 @@ def _rows(
                 if model in records[job.name]["results"]
             }
             scores = {
-                length: {key: figure[key] for key in ("accuracy", "interval", "n")}
+                length: {key: figure[key] for key in SCORES if key in figure}
                 for length, figure in found.items()
             }
             average: float | None = sum(score["accuracy"] for score in scores.values()) / len(scores)
@@ -150,17 +154,25 @@ def _chosen_rows(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _show_rows(model_keys: Sequence[str], rows: Sequence[Row], marked: Sequence[Row]) -> None:
-    """Print one table with a column a setting and length; if that is too wide, one table a setting."""
-    table = _table(model_keys, rows, marked)
+def _show_rows(model_keys: Sequence[str], rows: Sequence[Row], marked: Sequence[Row], paced: bool) -> None:
+    """Print one table with a column a setting and length; if that is too wide, one table a setting.
+
+    With `paced` the table has tokens a step beside accuracies.
+    """
+    table = _table(model_keys, rows, marked, paced)
     if console.measure(table, options=console.options.update(width=1000)).maximum <= console.width:
         console.print(table)
         return
     for setting in dict.fromkeys(row.setting for row in rows):
-        console.print(_table(model_keys, [row for row in rows if row.setting == setting], marked))
+        console.print(_table(model_keys, [row for row in rows if row.setting == setting], marked, paced))
 
 
-def _table(model_keys: Sequence[str], rows: Sequence[Row], marked: Sequence[Row]) -> Table:
+def _cell(score: Figures, paced: bool, mark: str) -> str:
+    pace = score.get("tokens_per_step") if paced else None
+    return percent(score["accuracy"]) + mark + ("" if pace is None else f" ({pace:.1f})")
+
+
+def _table(model_keys: Sequence[str], rows: Sequence[Row], marked: Sequence[Row], paced: bool) -> Table:
     columns: list[tuple[tuple[str, ...], str]] = []  # setting, and length or "average"
     for setting in dict.fromkeys(row.setting for row in rows):
         lengths = dict.fromkeys(length for row in rows if row.setting == setting for length in row.scores)
@@ -171,10 +183,12 @@ def _table(model_keys: Sequence[str], rows: Sequence[Row], marked: Sequence[Row]
     cells: dict[tuple[tuple[str, ...], str], dict[tuple[tuple[str, ...], str], str]] = {}
     for row in rows:
         line = cells.setdefault((row.model_keys, row.model), {})
-        line |= {(row.setting, length): percent(score["accuracy"]) for length, score in row.scores.items()}
-        if row.average is not None:
-            last = "average" if (row.setting, "average") in columns else next(iter(row.scores))
-            line[row.setting, last] = percent(row.average) + ("*" if row in marked else "")
+        several = (row.setting, "average") in columns
+        mark = "*" if row in marked else ""
+        for length, score in row.scores.items():
+            line[row.setting, length] = _cell(score, paced, "" if several else mark)
+        if several and row.average is not None:
+            line[row.setting, "average"] = percent(row.average) + mark
     for (values, model), line in cells.items():
         table.add_row(*map(Text, (*values, model)), *(line.get(column, "-") for column in columns))
     return table

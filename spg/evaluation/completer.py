@@ -42,7 +42,7 @@ class Completer:
         self.policy.eval()
         rollout = collect.complete(self.policy, self.decoder, self.task, examples, group, index, self.seed)
         self.policy.train(was_training)
-        steps = [len(row[row >= 0].unique()) for row in rollout.commit_step.cpu()]
+        steps = rollout.steps_taken.tolist()
         tokens = rollout.completion_mask.sum(-1).tolist()
         decoded = (rollout.commit_step >= 0).sum(-1).tolist()
         known = self.decoder.near_tie is not None

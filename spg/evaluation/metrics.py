@@ -16,7 +16,8 @@ def summarize(lines: Sequence[Line]) -> Figures:
 
     They are accuracy, its 95% interval and the method of the interval, the number n of examples and of
     completions, pass@k if there are several samples, the mean number of tokens up to and including the first
-    EOS (effective_length), tokens a decoding step, near ties, and mean and interval of every measure.
+    EOS (effective_length), decoding steps of a completion, tokens a step, near ties, and mean and interval of
+    every measure.
 
     Args:
         lines: The lines of one model in generations.jsonl.
@@ -46,6 +47,7 @@ def summarize(lines: Sequence[Line]) -> Figures:
         "completions": len(lines),
         "pass@k": {str(k): mean_pass_at_k(counts, k) for k in range(1, samples + 1)} if samples > 1 else None,
         "effective_length": None if None in tokens else sum(tokens) / len(tokens),
+        "steps": None if None in steps else sum(steps) / len(steps),
         "tokens_per_step": None if None in (*decoded, *steps) else sum(decoded) / max(1, sum(steps)),
         "near_ties": None if None in ties else sum(ties),
         "completions_with_near_ties": None if None in ties else sum(n > 0 for n in ties),

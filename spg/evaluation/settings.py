@@ -31,6 +31,8 @@ DECODING_SETTINGS = (
     "stop_at_eos",
     "cache",
     "refresh_every",
+    "threshold",
+    "factor",
 )
 # what results.json says besides
 RECORDED_SETTINGS = ("samples", "seed", "eval_batch_size", "threads", "run", "adapter", "generations")
@@ -88,6 +90,8 @@ def merge_settings(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     config.check(merged)
     config.check_model(merged)
     config.check_samples(merged)
+    for note in config.unread_steps(merged, overrides):
+        log.warning("%s", note)
     return merged
 
 

@@ -26,12 +26,21 @@ def show_results(record: Mapping[str, Any]) -> None:
     """Print the tables of a results.json, and under them what two scores must share to be comparable."""
     results: dict[str, Figures] = record["results"]
     selection = record["selection"] or {}
-    headings = ["accuracy\n%", "95%\ninterval", "\nn", "tokens\nto EOS", "tokens\na step", "near\nties"]
+    headings = [
+        "accuracy\n%",
+        "95%\ninterval",
+        "\nn",
+        "tokens\nto EOS",
+        "\nsteps",
+        "tokens\na step",
+        "near\nties",
+    ]
     table = empty_table(f"{record['task']}, split {record['split']}", ["model"], headings)
     for model, found in results.items():
         low, high = map(percent, found["interval"])
         cells = [percent(found["accuracy"]), f"{low} to {high}"]
-        cells += [number(found[key]) for key in ("n", "effective_length", "tokens_per_step", "near_ties")]
+        keys = ("n", "effective_length", "steps", "tokens_per_step", "near_ties")
+        cells += [number(found.get(key)) for key in keys]  # until 0.5 there were no steps
         table.add_row(Text(f"{model} *" if model == selection.get("chosen") else model), *cells)
     console.print(table)
     others = {model: _others(found) for model, found in results.items()}
@@ -63,7 +72,7 @@ def score_context(record: Mapping[str, Any]) -> list[str]:
     model += f", run {settings['run']}" if settings["run"] else ""
     model += f", adapter {settings['adapter']}" if settings.get("adapter") else ""
     decoding = (
-        f"{settings['gen_length']} tokens in {settings['steps']} steps, blocks of {settings['block_size']}, "
+        f"{settings['gen_length']} tokens {_pace(settings)}, blocks of {settings['block_size']}, "
         f"{settings['remasking']}, temperature {settings['temperature']:g}"
     )
     if settings.get("cache", "none") != "none":
@@ -76,6 +85,14 @@ def score_context(record: Mapping[str, Any]) -> list[str]:
         decoding,
         f"{model}; {record['device']}, {record['precision']}",
     ]
+
+
+def _pace(settings: Mapping[str, Any]) -> str:
+    """Return in words what decides how many tokens a step commits."""
+    for rule in ("threshold", "factor"):  # until 0.5 there were neither
+        if settings.get(rule) is not None:
+            return f"by {rule} {settings[rule]:g}"
+    return f"in {settings['steps']} steps"
 
 
 def selection_note(selection: Mapping[str, Any] | None) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from spg.config import ConfigError, build
 from spg.core.errors import InputError
 from spg.core.examples import Chat
+from spg.core.process import place
 from spg.models import base_weights
 from spg.models.hub import CONFIG, WEIGHTS, config_fields, fetch, sizes
 from spg.models.lora import add_adapter, set_base_name
@@ -90,7 +90,7 @@ def device_of(cfg: DictConfig) -> torch.device:
     """Return the device that a process of a run or of another command computes on."""
     if OmegaConf.select(cfg, _accelerator_key(cfg)) == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", place().local_rank)
 
 
 def check_device(cfg: DictConfig) -> None:

@@ -140,6 +140,13 @@ class Policy(nn.Module):
         return list(self._encode_text(text + (opening or "")))
 
     def _encode(self, text: str) -> tuple[int, ...]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # the tokenizer would raise a TypeError
+            raise InputError(
+                f"{text!r} holds one half of a surrogate pair, which is no character; write the character "
+                "whole, or leave it out"
+            ) from error
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
             raise InputError(f"the tokenizer has no tokens for parts of {text!r}")

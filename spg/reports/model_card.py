@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from spg import __version__
 from spg.config import shipped_option
+from spg.core.commands import command_line
 from spg.runs.provenance import git_commit
 from spg.runs.status import read_status
 
@@ -82,14 +83,14 @@ To evaluate it, with `task=...`:
         """Return commands that load the folder, to be used with a task."""
         model = self.trained.model
         option = shipped_option("model", model)
-        choice = "model=..." if option is None else f"model={option[0]}"
+        choice = ["model=..." if option is None else f"model={option[0]}"]
         path = model.get("path")
         if not self.whole:
             if path is not None and option and option[1].path != path:
-                choice += f" model.path={path}"
-            return [f"python -m spg.evaluate {choice} adapter={self.output}"]
+                choice.append(f"model.path={path}")
+            return [command_line("evaluate", *choice, f"adapter={self.output}")]
         key = "weights" if path is None else "path"
-        return [f"python -m spg.evaluate {choice} model.{key}={self.output}"]
+        return [command_line("evaluate", *choice, f"model.{key}={self.output}")]
 
     def _metadata(self) -> ModelCardData:
         # folders are absolute, even if they do not exist any more; other paths are hub ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 from spg.config import ConfigError
@@ -32,7 +33,7 @@ def fill_page(path: Path) -> list[str]:
         if not (path.parent / name / "table.md").is_file():
             raise ConfigError(
                 f"page={path}: table:{name} needs {path.parent / name / 'table.md'}; make it with "
-                f"python -m spg.figures sweep=<its directory> output={path.parent / name}"
+                f"python -m spg.figures sweep=<its directory> {shlex.quote(f'output={path.parent / name}')}"
             )
 
     def fill(match: re.Match[str]) -> str:

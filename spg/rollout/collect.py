@@ -90,12 +90,14 @@ class CollectionStats:
         tokens: Number of decoded tokens.
         logp_difference: [B] change of log-probabilities by a cache, in nats per token (see the function of
             this name in `spg.rollout.decoder`); None without a cache.
+        steps: [B] decoding steps that committed a token; None if their number is fixed.
     """
 
     rollout: float
     reward: float
     tokens: int
     logp_difference: Tensor | None
+    steps: Tensor | None
 
 
 def collect(
@@ -143,4 +145,5 @@ def collect(
     experience = Experience(completed, rewards, reward_parts, advantages[start : start + len(rewards)])
     ended = time.perf_counter()
     tokens = int((completed.commit_step >= 0).sum())
-    return experience, CollectionStats(decoded - started, ended - compared, tokens, difference)
+    steps = None if decoder.rule is None else completed.steps_taken
+    return experience, CollectionStats(decoded - started, ended - compared, tokens, difference, steps)

@@ -9,11 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from spg.core.rules import Count, NotNegative, checked
+from spg.core.combinations import check_commit_rule
+from spg.core.rules import Count, NotNegative, Positive, Probability, checked
 from spg.core.seeding import Streams
 from spg.core.types import Prompts, Rollout
 from spg.models.network import Cache
 from spg.models.policy import Measure, Policy, distinct_rows
+from spg.rollout.schedule import ConfidenceRule, FixedCounts, Schedule, WhileOpen
 
 # by its name in the configuration: the measure that orders the positions, the highest first
 CONFIDENCE: dict[str, Measure] = {
@@ -21,12 +23,6 @@ CONFIDENCE: dict[str, Measure] = {
     "margin": "margin",
     "entropy": "negative_entropy",
 }
-
-
-def transfer_counts(holes: Tensor, steps: int) -> Tensor:
-    """Spread `holes` [B] over steps as evenly as whole numbers allow, the larger numbers first; [B steps]."""
-    base, rest = holes // steps, holes % steps
-    return base.unsqueeze(-1) + (torch.arange(steps, device=holes.device) < rest.unsqueeze(-1))
 
 
 def mask_through_first(hits: Tensor) -> Tensor:
@@ -85,13 +81,19 @@ class Decoder:
             decoding ends when all rows are done.
         near_tie: At temperature 0, count the decisions whose two best alternatives lie no further apart than
             this: in logits for the token of a position that is committed; in units of the confidence for the
-            least confident position committed and the most confident one left. None does not count.
+            least confident position committed and the most confident one left, and for a confidence and
+            the threshold. None does not count.
         cache: `none` computes every position in every step, as in the released code. `prefix` computes all
             of them in the first step of a block, and afterwards the block and what follows it; `dual`
             afterwards the block only. The keys and values of the other positions stay as they were in the
             last full pass, so the samples differ a little (Fast-dLLM, Wu et al. 2025, arXiv 2505.22618).
         refresh_every: Number of steps of a block between full passes; None is one full pass per block, and
             1 is exact.
+        threshold: Commit all positions whose confidence, the measure of `remasking`, is above this, and the
+            most confident one in any case. A block takes the steps that it needs, and `steps` is not read.
+            It needs `low_confidence` or `margin`.
+        factor: In place of a threshold: commit the n most confident positions with the largest n for which
+            (n + 1) (1 - confidence of the n-th) stays below this; see `ConfidenceRule`.
     """
 
     @checked
@@ -106,7 +108,10 @@ class Decoder:
         near_tie: NotNegative | None = None,
         cache: Literal["none", "prefix", "dual"] = "none",
         refresh_every: Count | None = None,
+        threshold: Probability | None = None,
+        factor: Positive | None = None,
     ) -> None:
+        check_commit_rule(remasking, threshold, factor)
         self.gen_length = gen_length
         self.block_size = min(block_size, gen_length)
         self.steps = steps
@@ -116,6 +121,15 @@ class Decoder:
         self.near_tie = near_tie if temperature == 0 else None  # a random draw has no best alternative
         self.cache = cache
         self.refresh_every = refresh_every
+        self.threshold = threshold
+        self.factor = factor
+
+    @property
+    def rule(self) -> ConfidenceRule | None:
+        """How the confidence decides the number of tokens that a step commits; None if `steps` decides."""
+        if self.threshold is None and self.factor is None:
+            return None
+        return ConfidenceRule(self.threshold, self.factor)
 
     def __call__(self, policy: Policy, prompts: Prompts, seed: int | None = None) -> Rollout:
         """Complete B prompts.
@@ -142,33 +156,30 @@ class Decoder:
         return replace(done, group=prompts.group, index=prompts.index, examples=prompts.examples)
 
     def _decode(self, policy: Policy, prompts: Prompts, streams: Streams | None) -> Rollout:
-        """Complete prompts. The host counts the holes, so it waits for the device only once per block."""
+        """Complete prompts.
+
+        The host counts the holes, so it waits for the device once per block. If the confidence decides the
+        number of tokens, it waits once per step.
+        """
         batch, width = prompts.ids.shape
         blocks = [
             slice(start, min(start + self.block_size, self.gen_length))
             for start in range(0, self.gen_length, self.block_size)
         ]
-        steps = max(1, self.steps // len(blocks))
-        holes = torch.stack([(~prompts.given[:, block]).sum(-1) for block in blocks], dim=1)
-        schedule = torch.stack([transfer_counts(column, steps) for column in holes.T], dim=1).tolist()
         state = _State.of_prompts(prompts, policy.mask_id)
-        tokens_noise, order_noise = self._noise(streams, len(blocks) * steps)
+        schedule = self._schedule(state, blocks)
+        tokens_noise, order_noise = self._noise(streams, len(blocks) * schedule.steps)
         cache = None if self.cache == "none" else Cache()
         active = list(range(batch))
         fresh = True  # before the first step all completions of a prompt are equal
 
         for number, block in enumerate(blocks):
-            plan = {row: schedule[row][number] for row in active if any(schedule[row][number])}
             window = slice(width + block.start, width + block.stop)
             seen = window if self.cache == "dual" else slice(window.start, width + self.gen_length)
-            taken = 0
-            for step in (s for s in range(steps) if any(counts[s] for counts in plan.values())):
-                at = number * steps + step
-                # a cache needs the same rows in a whole block; else rows with nothing to commit are left out
-                rows = [row for row, counts in plan.items() if cache is not None or counts[step]]
-                left = max(sum(plan[row][step:]) for row in rows)
-                part = _Rows(rows, batch, prompts.ids.device)
-                if cache is not None and taken % (self.refresh_every or steps) == 0:
+            for taken, turn in enumerate(schedule.turns(number, active, together=cache is not None)):
+                at = number * schedule.steps + turn.step
+                part = _Rows(turn.rows, batch, prompts.ids.device)
+                if cache is not None and taken % (self.refresh_every or schedule.steps) == 0:
                     cache.clear()
                 self._step(
                     policy,
@@ -176,14 +187,14 @@ class Decoder:
                     part,
                     block,
                     at,
-                    part.tensor([[plan[row][step]] for row in rows]),
-                    left,
+                    None if turn.counts is None else part.tensor(turn.counts),
+                    turn.left,
                     [None if n is None else part(n[:, at]) for n in (tokens_noise, order_noise)],
                     shared=fresh or prompts.ids.device.type == "cpu",
                     cache=cache,
                     seen=seen,
                 )
-                fresh, taken = False, taken + 1
+                fresh = False
             if self.stop_at_eos and number + 1 < len(blocks):
                 ended = (state.tokens[:, window] == policy.eos_id).any(-1)
                 rest = state.tokens[:, window.stop :]
@@ -194,6 +205,12 @@ class Decoder:
                     break
         return state.rollout(policy, prompts)
 
+    def _schedule(self, state: _State, blocks: Sequence[slice]) -> Schedule:
+        holes = torch.stack([state.open[:, block].sum(-1) for block in blocks], dim=1)
+        if self.rule is not None:
+            return WhileOpen(holes, state.open, blocks)
+        return FixedCounts(holes, max(1, self.steps // len(blocks)))
+
     def _step(
         self,
         policy: Policy,
@@ -201,7 +218,7 @@ class Decoder:
         part: _Rows,
         block: slice,
         at: int,
-        counts: Tensor,
+        counts: Tensor | None,
         left: int,
         noise: Sequence[Tensor | None],
         *,
@@ -209,7 +226,10 @@ class Decoder:
         cache: Cache | None,
         seen: slice,
     ) -> None:
-        """Commit `counts` [N 1] tokens of a block in the rows of `part`, of at most `left` holes each."""
+        """Commit tokens of a block in the rows of `part`, of at most `left` holes each.
+
+        Their numbers are `counts` [N 1]; if it is None, the confidence decides.
+        """
         first = state.tokens.shape[1] - self.gen_length + block.start
         window = slice(first, first + block.stop - block.start)
         remaining = part(state.open[:, block])
@@ -229,12 +249,14 @@ class Decoder:
             window=seen,
         )
         key = (measured[0] if order is None else order).masked_fill(~live, -torch.inf)
+        if counts is None:
+            assert self.rule is not None
+            counts = self.rule.counts(key)
         rank = key.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         picked = live & (rank < counts)
         if self.near_tie is not None:
             ties = ((measured[-1] <= self.near_tie) & picked).sum(-1)
-            if order is None:
-                ties = ties + (_lead(key, picked) <= self.near_tie)
+            ties = ties + self._ties_of_order(key, picked, order is not None)
             part.put(state.near_ties, part(state.near_ties) + ties)
         probability = measured[measures.index("probability")]
         logps = probability.clamp_min(torch.finfo(torch.float32).tiny).log()
@@ -248,6 +270,16 @@ class Decoder:
             part.put(
                 whole, before.scatter(1, columns, torch.where(picked, values, before.gather(1, columns)))
             )
+
+    def _ties_of_order(self, key: Tensor, picked: Tensor, random: bool) -> Tensor:
+        """Return how many decisions on which positions to commit are near ties, [N]."""
+        assert self.near_tie is not None
+        if random:
+            return torch.zeros_like(picked[:, 0], dtype=torch.long)
+        close = _lead(key, picked) <= self.near_tie
+        if self.rule is None:
+            return close.long()
+        return self.rule.close_calls(key, self.near_tie).maximum(close.long())
 
     def _measures(self) -> list[Measure]:
         measures: list[Measure] = [CONFIDENCE.get(self.remasking, "probability")]

@@ -64,13 +64,43 @@ def check_same(
     Raises:
         OtherRunError: if they differ, with the first setting that does.
     """
+    found = find_difference(before, now)
+    if found is not None:
+        raise OtherRunError(
+            f"{folder} holds a run with {found[0]}, not {found[1]}; give another {option}, or remove it"
+        )
+
+
+def find_difference(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return the first setting in which two identities differ, once as `before` and once as `now` has it.
+
+    If one of them has settings below a key and the other has none, as for an adapter, the words are about the
+    key.
+
+    Returns:
+        The two in words, or None if the identities are equal.
+    """
+    other = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
     # a setting at the root is what the user sets, and others may take its value
-    for key in sorted(before.keys() | now.keys(), key=lambda key: (key.count("."), key)):
-        if before.get(key) != now.get(key):
-            raise OtherRunError(
-                f"{folder} holds a run with {key}={before.get(key, 'nothing')}, not "
-                f"{now.get(key, 'nothing')}; give another {option}, or remove it"
-            )
+    key = min(other, key=lambda key: (key.count("."), key), default=None)
+    if key is None:
+        return None
+    names = key.split(".")
+    above = (".".join(names[:end]) for end in range(1, len(names)))
+    key = next((name for name in above if name in before or name in now), key)
+    return _in_words(before, key), _in_words(now, key)
+
+
+def _in_words(leaves: Mapping[str, str], key: str) -> str:
+    """Return the value of a key, or of all keys below it, as words of a message."""
+    value = leaves.get(key)
+    inner = {k.removeprefix(f"{key}."): v for k, v in leaves.items() if k.startswith(f"{key}.")}
+    if key == "model.lora":
+        numbers = ", ".join(f"{name}={inner[name]}" for name in ("r", "alpha") if name in inner)
+        return f"a LoRA adapter ({numbers})" if inner else "all weights trained (model.lora=null)"
+    if inner:
+        return f"{key}={{{', '.join(f'{name}: {setting}' for name, setting in inner.items())}}}"
+    return f"{key}={'null' if value == 'None' else value}" if key in leaves else f"no {key}"
 
 
 def changes(before: DictConfig, now: DictConfig) -> list[str]:

@@ -45,6 +45,7 @@ def train_job(
         if not (folder / "config.yaml").exists():
             begin(own, folder, overrides)
         before = find_config(folder) or own  # a file that can't be read is written again when the run goes on
+        config.check_complete(before, folder / "config.yaml")
         check_same(identity(before), identity(own), folder)
         finished = read_status(folder).get("state") == "finished"
         if finished and own.trainer.max_updates <= before.trainer.max_updates:

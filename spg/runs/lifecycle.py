@@ -17,9 +17,10 @@ from omegaconf import DictConfig
 
 from spg import config
 from spg.config import ConfigError
+from spg.core.commands import command_line
 from spg.core.errors import Interrupted
 from spg.core.process import rank
-from spg.models import hub
+from spg.models import base_weights, hub
 from spg.runs.directory import find_config, last_logged, log_to, read_config, write_config
 from spg.runs.identity import apply_changes, changes, check_same, identity
 from spg.runs.signals import StopRequest, requeue
@@ -64,8 +65,8 @@ def start(cfg: DictConfig, folder: Path, overrides: Sequence[str], train: Train)
     _check_holds_no_evaluation(folder)
     if _holds_work(folder):
         raise ConfigError(
-            f"{folder} holds a run already; go on with it (python -m spg.train resume={folder}), or give "
-            "another hydra.run.dir"
+            f"{folder} holds a run already; go on with it ({command_line('train', f'resume={folder}')}), or "
+            "give another hydra.run.dir"
         )
     if cfg.trainer.requeue:
         raise ConfigError(
@@ -95,6 +96,7 @@ def start_or_resume(cfg: DictConfig, folder: Path, overrides: Sequence[str], tra
             work(Run(cfg, folder), train)
             return
         if before is not None:
+            config.check_complete(before, folder / "config.yaml")
             check_same(identity(before), identity(cfg), folder, "hydra.run.dir")
             finished = read_status(folder).get("state") == "finished"
             if finished and cfg.trainer.max_updates <= before.trainer.max_updates:
@@ -119,7 +121,8 @@ def begin(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> None:
     about = {"unused_knobs": config.unread_knobs(cfg), "arguments": list(overrides), "saved": False}
     write_status(folder, state="running", **about)
     write_config(cfg, folder)
-    for line in config.notes(cfg, list(overrides)):
+    missing = base_weights.announce(cfg)
+    for line in (*config.notes(cfg, list(overrides)), *([] if missing is None else [missing])):
         log.warning(line)
 
 
@@ -138,8 +141,10 @@ def resume(path: str, overrides: Sequence[str], train: Train) -> None:
             "`python -m spg.train` printed, or a checkpoint in it"
         )
     before = read_config(folder)
+    config.check_complete(before, folder / "config.yaml")
     cfg = apply_changes(before, overrides, folder)
     config.check(cfg)
+    config.check_launcher(cfg)
     checkpoint = target if target.suffix == ".ckpt" else None
     if rank() > 0:
         run = Run(cfg, folder, checkpoint, started=started)

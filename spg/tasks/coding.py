@@ -17,7 +17,7 @@ from spg.core.examples import Chat, Example
 from spg.core.rules import Count, CountOrZero, Positive, checked
 from spg.sandbox.host import Cage, Outcome
 from spg.tasks.base import BaseTask
-from spg.tasks.datasets import Published, load
+from spg.tasks.datasets import Published, check_place, load
 from spg.tasks.parsing.programs import (
     answer_part,
     find_program,
@@ -62,6 +62,8 @@ class Coding(BaseTask):
         ValueError: for values that are not allowed.
     """
 
+    # for the configuration check: see spg.config.parts
+    files = (("path",), ("train_path",), ("prompt_file",))
     name: str
     heldout: Published
 
@@ -100,6 +102,8 @@ class Coding(BaseTask):
         """Return the rows of `train` or `heldout` that have tests."""
         published = KODCODE if source == "train" else self.heldout
         option = "task.train_path" if source == "train" else "task.path"
+        if self.paths["heldout"] is not None:
+            check_place(self.paths["heldout"], "task.path")
         rows = load(published, self.paths[source], option)
         if source == "heldout" and self.eval_size is not None:
             rows = rows[: 2 * self.eval_size]

@@ -71,6 +71,8 @@ class Countdown(BaseTask):
     """
 
     name = "countdown"
+    # for the configuration check: see spg.config.parts
+    files = (("path",), ("train_path", "hub"), ("prompt_file",))
 
     @checked
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spg.core.errors import InputError
+from spg.core.files import check_text, parse_json
 from spg.core.hub import hub_answers, one_line
 
 # file name extension: what `datasets` calls its reader
@@ -43,12 +45,17 @@ def load(published: Published, path: str | None, option: str = "task.path") -> l
     return _from_hub(published, option)
 
 
+def check_place(path: str | Path, option: str) -> None:
+    """Raise InputError if `path`, which the option `option` gives, is neither a file nor a folder."""
+    if not Path(path).exists():
+        raise InputError(f"{option}={path} is neither a file nor a folder; give one of {', '.join(READERS)}")
+
+
 def _file(path: Path, split: str, option: str) -> Path:
     """Return the file of a split: `path` itself, or the one of that name in the folder `path`."""
+    check_place(path, option)
     if path.is_file():
         return path
-    if not path.is_dir():
-        raise InputError(f"{option}={path} is neither a file nor a folder; give one of {', '.join(READERS)}")
     found = files_of(path, split)
     if len(found) != 1:
         raise InputError(
@@ -105,18 +112,22 @@ def read(path: Path, columns: Sequence[str], option: str = "task.path") -> list[
 def _json_rows(path: Path) -> list[dict[str, Any]]:
     """Read a list of objects, or one object per line, with the values as they are."""
     import gzip
-    import json
 
     content = path.read_bytes()
     text = (gzip.decompress(content) if path.suffix == PACKED else content).decode("utf-8")
     if _kind(path) == ".json" and text.lstrip().startswith("["):
         rows = json.loads(text)
+        for number, row in enumerate(rows, start=1):
+            try:
+                check_text(row)
+            except ValueError as error:
+                raise ValueError(f"row {number}: {error}") from error
     else:
         rows = []
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
-                    rows.append(json.loads(line))
+                    rows.append(parse_json(line))
                 except ValueError as error:
                     raise ValueError(f"line {number}: {error}") from error
     if not all(isinstance(row, dict) for row in rows):

@@ -15,6 +15,7 @@ from typing import Any
 
 from spg.core.errors import InputError
 from spg.core.examples import Chat, Example, Template
+from spg.core.files import parse_json
 from spg.tasks.base import Task
 
 # the sides of a pair; a sequence's side follows from its number in the group
@@ -118,9 +119,9 @@ class Preferences:
     def _pair(self, text: str) -> dict[str, Any]:
         """Return the pair of a line; raise InputError if something is missing."""
         try:
-            line = json.loads(text)
+            line = parse_json(text)
         except ValueError as error:
-            raise InputError(f"not JSON ({error}); expected one object per line") from error
+            raise InputError(f"can't be read as JSON ({error}); expected one object per line") from error
         if not isinstance(line, dict):
             raise InputError("not an object; expected one object per line")
         missing = [key for key in ("prompt", *SIDES) if key not in line]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from spg.core.errors import InputError
 from spg.core.examples import Chat, Example
+from spg.core.files import parse_json
 
 ROLES = ("system", "user", "assistant")
 TAGS = (
@@ -54,9 +54,9 @@ class PromptFile:
         messages = [{"role": "user", "content": text}]
         if file.suffix == ".json":
             try:
-                messages = json.loads(text)
+                messages = parse_json(text)
             except ValueError as error:
-                raise InputError(f"task.prompt_file={path} is not JSON: {error}") from error
+                raise InputError(f"task.prompt_file={path} can't be read as JSON: {error}") from error
         if not _is_chat(messages):
             raise InputError(
                 f"task.prompt_file={path}: expected a list of objects with role "

@@ -12,7 +12,7 @@ from spg.core.errors import InputError
 from spg.core.examples import Chat, Example
 from spg.core.rules import Count, checked
 from spg.tasks.base import BaseTask, Shots
-from spg.tasks.datasets import Published, files_of, load
+from spg.tasks.datasets import Published, check_place, files_of, load
 from spg.tasks.parsing.latex import box_content, is_equiv
 from spg.tasks.parsing.math_verify import verify
 from spg.tasks.parsing.tags import CLOSE, OPEN
@@ -50,6 +50,8 @@ class Questions(BaseTask):
     name: str
     train: Published
     heldout: Published
+    # for the configuration check: see spg.config.parts
+    files = (("path",), ("train_path",), ("prompt_file",))
     column: str  # name of the question's column in the data set
     instruction: str
     worked: tuple[tuple[str, str], ...]  # (question, completion) pairs, written for this project
@@ -75,6 +77,9 @@ class Questions(BaseTask):
 
     def load_rows(self, source: str) -> Sequence[Example]:
         """Return the rows of `train` or `heldout`, from files or the hub."""
+        for option, given in (("task.path", self.path), ("task.train_path", self.train_path)):
+            if given is not None:
+                check_place(given, option)
         first = 1  # number of the first row in its file
         if self._serves_both():
             rows = load(self.train, self.path, "task.path")

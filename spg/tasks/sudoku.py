@@ -80,6 +80,7 @@ class Sudoku(BaseTask):
     name = "sudoku"
     # for the configuration check: see spg.config.parts
     ordered = (("min_empty", "max_empty"),)
+    files = (("path",), ("prompt_file",))
 
     @checked
     def __init__(

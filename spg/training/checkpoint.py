@@ -19,6 +19,7 @@ from spg.algorithms.objectives import Adaptive, Objective
 from spg.config.renames import update_paths
 from spg.core.errors import RunError
 from spg.core.world import World
+from spg.runs.identity import find_difference
 from spg.training.fsdp import sharding_of
 
 FORMAT = 1
@@ -163,10 +164,9 @@ class ResumableModule(pl.LightningModule):
 
 
 def _check_identity(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    for key in sorted(ours.keys() | theirs.keys()):
-        before, now = theirs.get(key, "nothing"), ours.get(key, "nothing")
-        if before != now:
-            raise RunError(
-                f"the checkpoint belongs to a run with {key}={before}, this one has {key}={now}; "
-                "resume with the run's own settings, or start a new run"
-            )
+    found = find_difference(theirs, ours)
+    if found is not None:
+        raise RunError(
+            f"the checkpoint belongs to a run with {found[0]}, this one has {found[1]}; resume with the "
+            "run's own settings, or start a new run"
+        )

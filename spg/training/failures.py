@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
+from spg.core.commands import command_line
 from spg.core.errors import Interrupted, RunError
 from spg.core.process import rank
 from spg.training.nonfinite import NonFiniteError
@@ -33,7 +34,7 @@ def explain_failures(cfg: DictConfig, folder: Path) -> Iterator[None]:
         RunError: if the run can't go on.
         Interrupted: if it was asked to stop.
     """
-    again = f"python -m spg.train resume={folder}"
+    again = command_line("train", f"resume={folder}")
     try:
         yield
     except (NonFiniteError, Interrupted) as error:
@@ -64,4 +65,4 @@ def _save(error: NonFiniteError, cfg: DictConfig, folder: Path) -> str:
         os.replace(staged, path)
     except (OSError, RuntimeError) as failure:  # torch.save wraps the errors of a disk
         return f"; {path} could not be written ({failure})"
-    return f". See it again with: python -m spg.reproduce file={path}"
+    return f". See it again with: {command_line('reproduce', f'file={path}')}"

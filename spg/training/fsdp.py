@@ -52,7 +52,7 @@ class Sharded(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Join the processes to one group, all of which have a slice of every weight."""
-        self._data_parallel_size, self._tensor_parallel_size = self.num_processes, 1
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
     def setup(self, trainer: pl.Trainer) -> None:

@@ -26,10 +26,14 @@ def rollout_metrics(
     }
     if timing.logp_difference is not None:
         own["sampling/logp_difference"] = timing.logp_difference
+    if timing.steps is not None:
+        own["sampling/steps"] = timing.steps
     rows = world.gather(torch.stack([row.float() for row in own.values()], 1))
     means = dict(zip(own, rows.mean(0).tolist(), strict=True))
     spread = rows[:, 0].view(-1, group_size).std(-1)
     tokens = world.gather(torch.tensor([timing.tokens], device=rows.device)).sum()
+    if timing.steps is not None:
+        means["sampling/tokens_per_step"] = float(tokens) / max(1.0, means["sampling/steps"] * len(rows))
     return {
         **means,
         "reward_std": float(spread.mean()),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -108,11 +108,11 @@ def _has_finite_gradient(batch: UpdateBatch, row: int, gradient: ExactGradient) 
     members = (group == group[row]).nonzero().flatten()  # an objective may compare them
     one = batch.select(members)
     logps = gradient.all_logps(one)
-    for rows, draws in gradient.split(one):
-        own = members[rows] == row
+    for piece in gradient.split(one):
+        own = members[piece.rows] == row
         if bool(own.any()):
-            piece = rows[own], draws[own]
-            logps = logps.index_put(piece, gradient.token_logps(one, piece))
+            kept = replace(piece, rows=piece.rows[own], draws=piece.draws[own])
+            logps = logps.index_put(kept.at, gradient.token_logps(one, kept))
     if not logps.requires_grad:
         return True
     weights = [p for p in gradient.policy.parameters() if p.requires_grad]

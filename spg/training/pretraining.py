@@ -31,8 +31,12 @@ from spg.models.weights import save_weights
 from spg.rollout.decoder import Decoder, mask_through_first
 from spg.rollout.prompt_order import PromptStream
 from spg.tasks.base import Task
+from spg.training.environment import fixed_arguments
 
 log = logging.getLogger(__name__)
+
+# steps after which pretraining says how long it takes
+TIMED = 20
 
 
 class Pretraining(pl.LightningModule):
@@ -59,6 +63,7 @@ class Pretraining(pl.LightningModule):
         self.masking = Random(num_mc=1, prompt_mask_prob=0.0)
         self.elbo = ELBO()
         self.seed = seed
+        self._began = 0.0  # value of time.perf_counter() when training began
 
     def training_step(self, examples: list[Example], batch_idx: int) -> Tensor:
         """Return the mean negative ELBO, in nats per token."""
@@ -68,6 +73,16 @@ class Pretraining(pl.LightningModule):
             samples.tokens[:, 0], targets.attention_mask, targets.completion_ids, samples.scored[:, 0]
         )
         return -self.elbo(token_logps.unsqueeze(1), samples).sum(-1).mean()
+
+    def on_train_start(self) -> None:
+        """Note when training began."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: list[Example], batch_idx: int) -> None:
+        """Say how long training takes, as soon as some steps tell that."""
+        if batch_idx + 1 == TIMED < self.steps:
+            seconds = (time.perf_counter() - self._began) / TIMED * (self.steps - TIMED)
+            log.info("Pretraining ends in about %.0f s", seconds)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and its linear decay."""
@@ -102,7 +117,7 @@ def ensure_base_weights(cfg: DictConfig) -> Path:
     path = base_weights.look_up(cfg)
     if path is not None:
         return path
-    log.info("No base weights ship for this combination: pretraining (%d steps) ...", cfg.pretrain.steps)
+    log.info("No base weights are there for these settings: pretraining (%d steps) ...", cfg.pretrain.steps)
     return pretrain(cfg, base_weights.cache_dir())
 
 
@@ -139,12 +154,8 @@ def pretrain(cfg: DictConfig, folder: Path) -> Path:
         accelerator=cfg.trainer.accelerator if "trainer" in cfg else cfg.accelerator,
         devices=1,
         max_steps=numbers.steps,
-        max_epochs=1,
         logger=False,
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **fixed_arguments(folder, alone=True),
     )
     trainer.fit(module, DataLoader(stream, batch_size=None))
     seconds = time.perf_counter() - started

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from spg.algorithms.objectives import Adaptive
-from spg.config import ConfigError, update_paths
+from spg.config import ConfigError, check, check_complete, update_paths
 from spg.core.console import console
+from spg.core.hub import one_line
 from spg.core.types import Experience, MaskedSamples, Rollout, UpdateBatch
 from spg.training.assembly import build_module
 from spg.training.module import Training
@@ -37,23 +37,23 @@ def reproduce(path: Path) -> bool:
     Raises:
         ConfigError: if the file is not one that a stopped run left.
     """
-    try:
-        record = torch.load(path, map_location="cpu", weights_only=True)
-        what, update, config = record["what"], record["update"], record["config"]
-    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise ConfigError(
-            f"{path} is not a file that a stopped run left ({error}); give the one that its error named"
-        ) from error
-    cfg = OmegaConf.create(update_paths(config))
+    record = read_record(path)
+    what, update = record["what"], record["update"]
+    cfg = OmegaConf.create(update_paths(record["config"]))
     assert isinstance(cfg, DictConfig)
+    check_complete(cfg, path)
+    check(cfg)
     torch.set_num_threads(cfg.trainer.threads)
     module = build_module(cfg)
     module.updates, module.rollouts = update - 1, record["rollout"]
     if isinstance(module.objective, Adaptive):
         module.objective.restore(record.get("objective", {}))
-    missing = module.policy.load_state_dict(record["weights"], strict=False).unexpected_keys
-    if missing:
-        raise ConfigError(f"{path} does not fit the model of its configuration: {missing[0]}; was it edited?")
+    try:
+        unknown = module.policy.load_state_dict(record["weights"], strict=False).unexpected_keys
+    except RuntimeError as error:  # other shapes
+        raise ConfigError(f"{path} does not fit the model of its configuration: {one_line(error)}") from error
+    if unknown:
+        raise ConfigError(f"{path} does not fit the model of its configuration: {unknown[0]}; was it edited?")
     module.policy.train("old" not in module.objective.needs)  # as in the update
     log.info("%s of update %d, as the run computed it: not finite", what, update)
     table = Table(
@@ -65,6 +65,33 @@ def reproduce(path: Path) -> bool:
     console.print(table)
     log.info("Not finite again: %s", "yes" if seen else "no")
     return seen
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return what a stopped run left at `path`. Nothing in the file is executed.
+
+    Raises:
+        ConfigError: if it is something else.
+    """
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what is no file of torch raises errors of every kind
+        raise ConfigError(
+            f"{path} is not a file that a stopped run left, or not a whole one ({one_line(error)}); give the "
+            "one that its error named"
+        ) from error
+    kinds = {"what": str, "update": int, "rollout": int, "config": dict, "weights": dict, "parts": list}
+    wrong = [
+        key
+        for key, kind in kinds.items()
+        if not isinstance(record, dict) or not isinstance(record.get(key), kind)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{path} is not a file that a stopped run left: it has no {', '.join(wrong)}; give the one that "
+            "its error named"
+        )
+    return dict(record)
 
 
 def _compute(module: Training, part: dict[str, Any], table: Table) -> bool:

@@ -32,6 +32,7 @@ from spg.training.callbacks import (
     Samples,
     Validation,
 )
+from spg.training.environment import fixed_arguments
 from spg.training.fsdp import Sharded, sharding_of
 from spg.training.loggers import MetricsCSV, wandb_logger
 from spg.training.module import Training
@@ -101,14 +102,11 @@ def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | No
             accelerator=settings.accelerator,
             strategy=make_strategy(settings.strategy),
             devices=settings.devices,
+            num_nodes=settings.nodes,
             precision="32-true",  # the policy has a precision of its own
-            max_epochs=1,
             logger=loggers,
             callbacks=callbacks,
-            log_every_n_steps=1,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **fixed_arguments(run.folder),
         )
         interruption.keep_signals(trainer)
         trainer.fit(module, Rollouts(module), ckpt_path=start and start.path, weights_only=True)
@@ -184,6 +182,7 @@ def _report(module: Training, run: Run, settings: TrainerSettings, measured: Map
         "seed": module.seed,
         "threads": settings.threads,
         "devices": settings.devices,
+        "nodes": settings.nodes,
         "versions": versions(),
         "git_commit": git_commit(),
     }

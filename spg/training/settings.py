@@ -17,7 +17,7 @@ class TrainerSettings:
     Attributes:
         accelerator: Device; `auto` for CUDA if there is one.
         strategy: How several processes share the work.
-        devices: Number of processes.
+        devices: Number of processes on each node.
         threads: CPU threads; sums differ in the last digits between numbers of threads.
         max_updates: Optimizer steps.
         prompts_per_rollout: Prompts of a rollout, over all processes.
@@ -28,6 +28,7 @@ class TrainerSettings:
         micro_batch_size: Masked sequences in one forward pass; None for all.
         cut_completions: Whether updates leave out masked positions after the longest completion.
         keep_every: Updates between two checkpoints that are kept; None for none.
+        nodes: Number of machines.
     """
 
     accelerator: Literal["cpu", "cuda", "auto"]
@@ -43,6 +44,7 @@ class TrainerSettings:
     micro_batch_size: Count | None = None
     cut_completions: bool = False
     keep_every: Count | None = None
+    nodes: Count = 1
 
     @classmethod
     def of(cls, node: Mapping[Any, Any]) -> Self:

@@ -1,9 +1,15 @@
 """The gradient of an update, exact in pieces of any size and over any number of processes.
 
-If the B x M masked sequences do not fit in one pass, `ExactGradient` takes two: (1) all log-probabilities
-[B M T], without gradient, piece by piece; (2) the loss on that small tensor and its gradient with respect to
-it; (3) each piece again, its backward pass starting from that gradient. The loss may thus join draws and
-sequences in any way: the mean over draws is inside the log of the EUBO. One extra forward pass is the price.
+If the B x M masked copies do not fit at once, `ExactGradient` cuts them into pieces, in one of two ways.
+
+One pass, if each piece can hold all copies of whatever the objective joins (`coupling`): the M draws of a
+sequence, or those of a whole group. The cohort's numbers are known beforehand, so that the losses of the
+pieces, each on its own sequences, add up to the loss.
+
+Two passes otherwise: (1) all log-probabilities [B M T], without gradient, piece by piece; (2) the loss on
+that small tensor and its gradient with respect to it; (3) each piece again, its backward pass starting from
+that gradient. The loss may thus join draws and sequences in any way: the mean over draws is inside the log of
+the EUBO. One extra forward pass is the price.
 """
 
 from __future__ import annotations
@@ -19,14 +25,12 @@ import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
-from spg.algorithms.objectives import Objective, ObjectiveResult
+from spg.algorithms.objectives import Objective, ObjectiveResult, coupling
 from spg.core.types import Experience, MaskedSamples, UpdateBatch
 from spg.core.world import World
 from spg.models.policy import Policy
 from spg.training.fsdp import sharding_of
-
-# numbers of sequences and of their draws, each [K]
-Piece = tuple[Tensor, Tensor]
+from spg.training.pieces import Copies, Piece
 
 
 @dataclass(frozen=True)
@@ -105,23 +109,46 @@ class ExactGradient:
             This process's share of the loss, without gradient, and the objective's figures.
         """
         passes = passes or BackwardPasses()
-        pieces = self.split(batch)
+        copies = self._copies(batch)
+        pieces = copies.cut(self.micro_batch_size)
         if len(pieces) <= 1:
-            token_logps = torch.zeros(batch.samples.scored.shape, device=batch.samples.scored.device)
+            token_logps = _zeros(batch)
             for piece in pieces:
-                token_logps = token_logps.index_put(piece, self.token_logps(batch, piece))
+                token_logps = token_logps.index_put(piece.at, self.token_logps(batch, piece))
             result = self.objective(token_logps, batch)
             losses = iter([result.loss] if pieces else [])
             passes.run(losses, len(pieces), lambda: self._zero(batch), self.policy.device)
         else:
-            result = self._add_in_pieces(batch, pieces, passes)
+            assert self.micro_batch_size is not None
+            parts = copies.cut_whole(self.micro_batch_size, coupling(self.objective))
+            if parts is None:
+                result = self._add_in_two_passes(batch, pieces, passes)
+            else:
+                result = self._add_in_parts(batch, parts, passes)
         return replace(result, loss=result.loss.detach())
 
-    def _add_in_pieces(
+    def _add_in_parts(
+        self, batch: UpdateBatch, parts: Sequence[tuple[slice, Piece]], passes: BackwardPasses
+    ) -> ObjectiveResult:
+        found = _zeros(batch)
+
+        def losses() -> Iterator[Tensor]:
+            for rows, piece in parts:
+                part = batch.part(rows)
+                logps = self.token_logps(batch, piece)
+                found[piece.at] = logps.detach()
+                own = _zeros(part).index_put((piece.rows - rows.start, piece.draws), logps)
+                yield self.objective(own, part).loss
+
+        passes.run(losses(), len(parts), lambda: self._zero(batch), self.policy.device)
+        with torch.no_grad():  # the figures, and what the objective learns from whole updates
+            return self.objective(found, batch)
+
+    def _add_in_two_passes(
         self, batch: UpdateBatch, pieces: Sequence[Piece], passes: BackwardPasses
     ) -> ObjectiveResult:
         states: list[Tensor] = []
-        frozen = self.all_logps(batch, states)
+        frozen = self.all_logps(batch, pieces, states)
         frozen.requires_grad_()
         result = self.objective(frozen, batch)
         (gradient,) = torch.autograd.grad(result.loss, frozen)
@@ -130,7 +157,7 @@ class ExactGradient:
         def losses() -> Iterator[Tensor]:
             for piece, state in zip(pieces, states, strict=True):
                 _set_random_state(state, frozen.device)  # the same dropout as in the first pass
-                yield (self.token_logps(batch, piece) * gradient[piece]).sum()
+                yield (self.token_logps(batch, piece) * gradient[piece.at]).sum()
 
         passes.run(losses(), len(pieces), lambda: self._zero(batch), self.policy.device)
         _set_random_state(after, frozen.device)
@@ -157,42 +184,41 @@ class ExactGradient:
                 reference = self.all_logps(batch)
         return replace(batch, old=old, reference=reference)
 
-    def all_logps(self, batch: UpdateBatch, states: list[Tensor] | None = None) -> Tensor:
+    def all_logps(
+        self,
+        batch: UpdateBatch,
+        pieces: Sequence[Piece] | None = None,
+        states: list[Tensor] | None = None,
+    ) -> Tensor:
         """Return log-probabilities [B M T] without gradient, 0 for what the objective does not learn from.
 
         Args:
             batch: The sequences and masks.
+            pieces: What is computed at once; by default what `split` returns.
             states: Takes the state of the random generator before each piece.
         """
-        logps = torch.zeros(batch.samples.scored.shape, device=batch.samples.scored.device)
+        logps = _zeros(batch)
         with torch.no_grad():
-            for piece in self.split(batch):
+            for piece in self.split(batch) if pieces is None else pieces:
                 if states is not None:
                     states.append(_random_state(logps.device))
-                logps[piece] = self.token_logps(batch, piece)
+                logps[piece.at] = self.token_logps(batch, piece)
         return logps
 
     def split(self, batch: UpdateBatch) -> list[Piece]:
-        """Cut the (sequence, draw) pairs to compute into pieces of at most micro_batch_size."""
-        learned = self.objective.learns_from(batch.experience)
-        rows, draws = (learned.unsqueeze(-1) & batch.samples.scored.any(-1)).nonzero(as_tuple=True)
-        if len(rows) == 0:
-            return []
-        size = self.micro_batch_size or len(rows)
-        return list(zip(torch.split(rows, size), torch.split(draws, size), strict=True))
+        """Cut the masked copies to compute into pieces of at most micro_batch_size, anywhere."""
+        return self._copies(batch).cut(self.micro_batch_size)
+
+    def _copies(self, batch: UpdateBatch) -> Copies:
+        return Copies.of(batch, self.objective.learns_from(batch.experience))
 
     def token_logps(self, batch: UpdateBatch, piece: Piece) -> Tensor:
-        """Return the policy's log-probabilities [K T] of a piece, K (sequence, draw) pairs."""
-        rows, _ = piece
+        """Return the policy's log-probabilities [K T] of a piece of K masked copies."""
         rollout = batch.experience.rollout
-        tokens, mask = batch.samples.tokens[piece], None
-        if not bool(rollout.prompt_mask.all()):
-            mask = rollout.attention_mask[rows]
-            padding = int((~mask.any(0)).sum())  # columns to the left of every row of the piece
-            tokens, mask = tokens[:, padding:], mask[:, padding:]
-            mask = None if bool(mask.all()) else mask
-        scored = batch.samples.scored[piece]
-        return self.policy.token_logps(tokens, mask, rollout.completion_ids[rows], scored)
+        tokens = batch.samples.tokens[piece.at][:, piece.padding :]
+        mask = rollout.attention_mask[piece.rows][:, piece.padding :] if piece.padded else None
+        targets, scored = rollout.completion_ids[piece.rows], batch.samples.scored[piece.at]
+        return self.policy.token_logps(tokens, mask, targets, scored)
 
     def _zero(self, batch: UpdateBatch) -> Tensor:
         """Return a zero that depends on all weights: log-probabilities at one position, times 0."""
@@ -219,6 +245,11 @@ def longest_learned(
     region = samples.region & objective.learns_from(experience).unsqueeze(-1)
     reach = (torch.arange(1, region.shape[-1] + 1, device=region.device) * region).amax()
     return max(1, int(world.gather(reach.view(1)).max()))
+
+
+def _zeros(batch: UpdateBatch) -> Tensor:
+    """Return zeros [B M T], one for each log-probability of a batch."""
+    return torch.zeros(batch.samples.scored.shape, device=batch.samples.scored.device)
 
 
 def _random_state(device: torch.device) -> Tensor:

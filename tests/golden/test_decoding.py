@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from spg.rollout.decoder import Decoder, transfer_counts
+from spg.rollout.decoder import Decoder
+from spg.rollout.schedule import transfer_counts
 from tests.helpers import GOLDEN, golden, golden_policy, open_prompts
 
 CASES = sorted(path.name for path in (GOLDEN / "decoding").glob("*.npz"))

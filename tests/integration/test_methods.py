@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from spg import config
+from spg.algorithms.objectives import DPO, Objective, ObjectiveResult, coupling
 from spg.cli.train import resume
 from spg.core.files import read_csv
 from spg.core.types import Experience, MaskedSamples, UpdateBatch
 from spg.models.policy import Policy
 from spg.rollout.decoder import Decoder
 from spg.training.module import Training
+from spg.training.pieces import Copies
+from spg.training.update import BackwardPasses
 from tests.helpers import ROOT, open_prompts, same_run, small_policy, train_here
 from tests.unit.algorithms.test_invariance import training
 from tests.unit.config.test_configs import OPTIONS
@@ -161,25 +164,65 @@ def moved(policy: Policy) -> None:
             p += 0.02 * torch.randn(p.shape, generator=g)
 
 
+def together(objective: Objective, experience: Experience, samples: MaskedSamples) -> list[int]:
+    """Return how many masked copies of each sequence, or of each pair, the loss joins."""
+    copies = (samples.scored.any(-1) & objective.learns_from(experience).unsqueeze(-1)).sum(-1)
+    return (copies.view(-1, 2).sum(-1) if isinstance(objective, DPO) else copies).tolist()
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_micro_batches_change_no_gradient_of_any_method(method: str) -> None:
-    gradients = []
-    for size in (None, 1, 3):
-        policy = small_policy()
-        experience, rounds, module = experience_for(policy, method)
+def test_micro_batches_change_no_gradient_of_any_method(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of whole sequences, or of whole pairs, take one pass; others take two."""
+    calls: list[tuple[bool, int]] = []
+    original = Policy.token_logps
+
+    def spy(policy: Policy, tokens: Tensor, *rest: Tensor) -> Tensor:
+        calls.append((torch.is_grad_enabled(), len(tokens)))
+        return original(policy, tokens, *rest)
+
+    monkeypatch.setattr(Policy, "token_logps", spy)
+    policy = small_policy()
+    experience, rounds, module = experience_for(policy, method)
+    batch = module.prepare_batch(experience, rounds[1], 1)
+    assert (batch.old is not None) == ("old" in module.objective.needs)
+    moved(policy)
+    units = together(module.objective, experience, rounds[1])
+
+    def gradient(size: int | None, two_passes: bool = False) -> tuple[ObjectiveResult, Tensor]:
+        calls.clear()
+        policy.zero_grad()
         module.micro_batch_size = size
-        batch = module.prepare_batch(experience, rounds[1], 1)
-        assert (batch.old is not None) == ("old" in module.objective.needs)
-        moved(policy)
-        result = module.gradient.add(batch)
-        gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
-        assert all(figure.shape == (8,) for figure in result.figures.values())
-        assert gradient.isfinite().all()
-        gradients.append((float(result.loss), gradient))
-    assert float(gradients[0][1].norm()) > 1e-3
-    for loss, gradient in gradients[1:]:
-        assert loss == pytest.approx(gradients[0][0], rel=1e-5, abs=1e-6)
-        assert torch.allclose(gradient, gradients[0][1], atol=2e-6, rtol=1e-4)
+        if two_passes:
+            copies = Copies.of(batch, module.objective.learns_from(experience))
+            parts = copies.cut_whole(size, coupling(module.objective))
+            pieces = [piece for _, piece in parts]
+            result = module.gradient._add_in_two_passes(batch, pieces, BackwardPasses())
+        else:
+            result = module.gradient.add(batch)
+            assert not result.loss.requires_grad
+        return result, torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+    whole, expected = gradient(None)
+    assert expected.isfinite().all()
+    assert float(expected.norm()) > 1e-3
+    for size in (1, max(units), 2 * max(units) + 1):
+        result, found = gradient(size)
+        learning = [copies for with_gradient, copies in calls if with_gradient]
+        assert sum(learning) == sum(units)
+        assert max(learning) <= size
+        one_pass = max(units) <= size
+        assert len(calls) == len(learning) * (1 if one_pass else 2), size
+        assert float((found - expected).norm() / expected.norm()) < 1e-6, size
+        assert float(result.loss) == pytest.approx(float(whole.loss), rel=1e-6, abs=1e-7)
+        assert result.figures.keys() == whole.figures.keys()
+        for name, figure in result.figures.items():
+            assert figure.shape == (8,)
+            assert torch.allclose(figure, whole.figures[name], rtol=1e-6, atol=2e-6), name
+        if size > max(units):  # the same pieces in two passes: the same sums
+            other, same = gradient(size, two_passes=True)
+            assert float((found - same).norm() / same.norm()) < 3e-7, size
+            assert torch.equal(result.loss, other.loss.detach())
+            assert all(torch.equal(result.figures[name], other.figures[name]) for name in other.figures)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if "old" in PARTS[m][3]])

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from spg.core.combinations import Couples, check_couples
 from spg.core.types import Experience, UpdateBatch
 
 
@@ -34,6 +35,7 @@ class Objective(Protocol):
 
     A class can declare facts for the configuration check (`spg.config.parts`): `needs_sums = True` if its
     estimator must return sums over tokens, `completions_per_prompt = 2` if it needs groups of that size.
+    `couples` says which log-probabilities its loss joins, see `coupling`.
 
     Attributes:
         needs: What must be computed besides the policy's log-probabilities: `reference`, those of the
@@ -55,9 +57,28 @@ class Objective(Protocol):
         Args:
             token_logps: The policy's log-probabilities [B M T] in nats, 0 at positions that are not scored.
             batch: The sequences, their masks, what `needs` names, and the cohort of all processes, whose
-                numbers normalise the loss.
+                numbers normalise the loss. If it is a part of a larger batch (`is_part`), only the loss is
+                used.
         """
         ...
+
+
+def coupling(objective: Objective) -> Couples:
+    """Return which log-probabilities the loss of an objective joins in other ways than by a sum.
+
+    It is the class attribute `couples`. `sequence`: the loss is a sum over sequences, each of which depends
+    on its own log-probabilities alone and on numbers of the cohort. `group`: a sum over groups. `batch`:
+    anything, which also holds for a class that defines `__call__` and does not say.
+
+    Raises:
+        ValueError: if the attribute has another value.
+    """
+    for kind in type(objective).__mro__:
+        if "couples" in vars(kind):
+            return check_couples(vars(kind)["couples"], type(objective).__name__)
+        if "__call__" in vars(kind):  # what a base class says holds for its own loss
+            break
+    return "batch"
 
 
 @runtime_checkable

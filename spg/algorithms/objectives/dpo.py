@@ -33,6 +33,7 @@ class DPO:
     # facts for the configuration check, see spg.config.parts
     needs_sums = True
     completions_per_prompt = 2
+    couples = "group"
 
     @checked
     def __init__(
@@ -58,8 +59,9 @@ class DPO:
             ValueError: if the batch has no reference, or groups are not pairs.
         """
         samples, cohort, advantages = batch.samples, batch.cohort, batch.experience.advantages
-        other = partners(batch.experience.rollout.group)
-        preferred = cohort.advantages > cohort.advantages[partners(cohort.group)]
+        find = _partners if batch.is_part else partners  # the whole batch was checked
+        other = find(batch.experience.rollout.group)
+        preferred = cohort.advantages > cohort.advantages[find(cohort.group)]
         preferences = preferred.sum().clamp_min(1)
         bound = self.estimator(token_logps, samples).sum(-1)
         before = self.estimator(require_reference(batch, "DPO"), samples).sum(-1)
@@ -83,4 +85,10 @@ def partners(group: Tensor) -> Tensor:
     if bool((together.sum(1) != 2).any()):
         sizes = sorted(set(together.sum(1).tolist()))
         raise ValueError(f"DPO compares two completions, but groups hold {sizes}; set group_size=2")
+    return _partners(group)
+
+
+def _partners(group: Tensor) -> Tensor:
+    """Return `partners` of groups that hold two sequences."""
+    together = group.unsqueeze(1) == group
     return (together & ~torch.eye(len(group), dtype=torch.bool, device=group.device)).long().argmax(1)

@@ -39,6 +39,7 @@ class ESPO:
 
     # facts for the configuration check, see spg.config.parts
     needs_sums = True
+    couples = "sequence"
 
     @checked
     def __init__(

@@ -52,6 +52,9 @@ class GRPO:
         ValueError: for ratio=step with average=tokens.
     """
 
+    # a fact for the update, see `coupling`
+    couples = "sequence"
+
     @checked
     def __init__(
         self,

@@ -35,6 +35,9 @@ class SPG:
         ValueError: if length would be counted twice.
     """
 
+    # a fact for the update, see `coupling`
+    couples = "sequence"
+
     @checked
     def __init__(
         self,
@@ -80,7 +83,9 @@ class SPG:
             reference = require_reference(batch, f"kl_coef={self.kl_coef}")
             figures["kl"] = divergence(token_logps, reference, samples)
             loss = loss + self.kl_coef * (coefficients * figures["kl"]).sum()
-        for name, omega in self._adaptive().items():
+        # the draws that omega=auto compares are those of whole updates
+        adaptive = {} if batch.is_part else self._adaptive()
+        for name, omega in adaptive.items():
             sign = 1 if name.startswith("positive/") else -1
             weight = coefficients * (sign * advantages).clamp_min(0.0)
             compared = omega.figures(token_logps, samples, advantages, weight)

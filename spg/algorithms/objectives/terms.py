@@ -31,10 +31,18 @@ def normalize(parts: Tensor, sizes: Tensor, group: Tensor, loss_norm: str) -> Te
     """
     if loss_norm == "batch":
         return parts / sizes.sum().clamp_min(1)
-    _, index = torch.unique(group, return_inverse=True)
-    num_groups = int(index.max()) + 1
-    totals = sizes.new_zeros(num_groups).index_add(0, index, sizes).clamp_min(1)
-    return parts / totals[index] / num_groups
+    together = same_group(group)  # [N N]: to number the groups would wait for the device
+    return parts / (together * sizes).sum(1).clamp_min(1) / count_groups(together)
+
+
+def same_group(group: Tensor) -> Tensor:
+    """Return bool [N N]: whether two sequences belong to one group, by their group numbers [N]."""
+    return group.unsqueeze(1) == group
+
+
+def count_groups(together: Tensor) -> Tensor:
+    """Return the number of groups [], from whether two sequences belong to one group, bool [N N]."""
+    return (~together.tril(-1).any(1)).sum()
 
 
 def normalize_own(parts: Tensor, sizes: Tensor, cohort: Cohort, loss_norm: str) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spg.algorithms.estimators import LikelihoodEstimator
 from spg.algorithms.objectives.base import ObjectiveResult
-from spg.algorithms.objectives.terms import LossNorm
+from spg.algorithms.objectives.terms import LossNorm, count_groups, same_group
 from spg.core.combinations import check_sums
 from spg.core.rules import checked
 from spg.core.types import Experience, UpdateBatch
@@ -28,6 +28,7 @@ class WD1:
 
     # facts for the configuration check, see spg.config.parts
     needs_sums = True
+    couples = "sequence"  # weights come from the cohort
 
     @checked
     def __init__(
@@ -57,15 +58,10 @@ class WD1:
     def weights(self, advantages: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """Return (w+, w-), each [N], of advantages [N] and group numbers [N]; each sums to 1."""
         together = same_group(group) if self.loss_norm == "group" else same_group(torch.zeros_like(group))
-        num_groups = len(torch.unique(group)) if self.loss_norm == "group" else 1
+        num_groups = count_groups(together)
 
         def softmax(values: Tensor) -> Tensor:
             rows = values.expand(len(values), -1).masked_fill(~together, -torch.inf)
             return rows.softmax(-1).diagonal() / num_groups
 
         return softmax(advantages), softmax(-advantages)
-
-
-def same_group(group: Tensor) -> Tensor:
-    """Return bool [N N]: whether two sequences belong to one group, by their group numbers [N]."""
-    return group.unsqueeze(1) == group

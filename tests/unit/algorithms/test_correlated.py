@@ -211,7 +211,7 @@ def test_empty_draws_are_not_computed_and_pieces_change_no_gradient() -> None:
         module = updating(policy, objective, size)
         pieces = module.gradient.split(module.prepare_batch(experience, samples))
         learned = objective.learns_from(experience)
-        assert sum(len(rows) for rows, _ in pieces) == int(samples.scored.any(-1)[learned].sum())
+        assert sum(len(piece.rows) for piece in pieces) == int(samples.scored.any(-1)[learned].sum())
         assert int((~samples.scored.any(-1)[learned]).sum()) > 0
         policy.zero_grad()
         loss = module.gradient.add(module.prepare_batch(experience, samples)).loss

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from spg import config
 from spg.config import composition
 from spg.core.errors import InputError
+from spg.models import base_weights
 from tests.helpers import ROOT
 
 OPTIONS = {
@@ -247,3 +248,33 @@ def test_an_edited_file_is_composed_anew(tmp_path: Path) -> None:
         option.write_text(f"# @package _global_\n# Edited between two commands.\nbeta: {beta}\n")
         with composition.open_hydra(tmp_path):
             assert composition.compose_open("config", ["experiment=edited"]).beta == beta
+
+
+def test_lengths_and_steps_that_are_not_what_they_seem_are_told_of() -> None:
+    def notes(*lines: str) -> str:
+        return "\n".join(config.notes(config.compose("config", list(lines)), list(lines)))
+
+    assert not notes()
+    assert "decoding.steps=25 is above gen_length=24." in notes("decoding.steps=25")
+    assert "so there are 24 steps at most" in notes("decoding.steps=25")
+    assert "decoding.block_size=12 does not divide gen_length=25" in notes("gen_length=25")
+    assert "The last block is shorter (1)." in notes("gen_length=25")
+    both = notes("decoding.block_size=5")
+    assert "decoding.block_size=5 does not divide gen_length=24" in both
+    assert "masking" not in both
+    assert "masking.block_size=5 does not" in notes("masking.block_size=5")
+
+
+def test_base_weights_that_a_run_would_make_are_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPG_CACHE", str(tmp_path))
+    assert base_weights.announce(config.compose("config", [])) is None
+    assert base_weights.announce(config.compose("config", ["gen_length=25", "model.weights=random"])) is None
+    told = base_weights.announce(config.compose("config", ["gen_length=25"])) or ""
+    assert "no base weights for these settings. They are made first, by 15 supervised updates of 64" in told
+    assert f"kept in {tmp_path}. With gen_length=24 (not 25) there would be weights already." in told
+    (tmp_path / "base-broken.safetensors").write_bytes(b"\xff" * 20)
+    far = base_weights.announce(config.compose("config", ["task.format=completion", "pretrain.seed=3"])) or ""
+    assert "With model.weights=random, or a safetensors file, none are made." in far
+    assert "there would be" not in far

@@ -51,6 +51,7 @@ def test_what_an_evaluation_leaves(whole: Path) -> None:
     assert found["measures"]["solved"]["interval_method"] == "wilson"
     assert found["effective_length"] == 24
     assert 1 <= found["tokens_per_step"] <= 3
+    assert found["steps"] == pytest.approx(sum(line["steps"] for line in lines(whole)) / 20)
     expected = {"gen_length": 24, "steps": 8, "block_size": 12, "temperature": 0, "samples": 1, "threads": 1}
     assert expected.items() <= record["settings"].items()
     assert {"spg", "torch"} <= record["versions"].keys()
@@ -275,3 +276,13 @@ def test_what_can_t_go_on_is_refused(whole: Path, trained: Path, tmp_path: Path)
     cut(whole, tmp_path / "cut", 3, half=False)
     with pytest.raises(ConfigError, match=r"a run goes on with its own settings \(seed=0"):
         evaluate.resume(str(tmp_path / "cut"), ["seed=1"])
+
+
+def test_an_evaluation_says_what_a_factor_saved(tmp_path: Path, whole: Path) -> None:
+    record = evaluated(tmp_path / "dual", "task.eval_size=4", "decoding.factor=1.5", "decoding.cache=dual")
+    found, made = record["results"]["base"], lines(tmp_path / "dual")
+    assert found["tokens_per_step"] == sum(line["decoded"] for line in made) / sum(x["steps"] for x in made)
+    assert found["tokens_per_step"] > 1
+    assert found["steps"] == sum(line["steps"] for line in made) / 8
+    assert "24 tokens by factor 1.5, blocks of 12" in score_context(record)[1]
+    assert "24 tokens in 8 steps, blocks of 12" in score_context(read(whole))[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -169,3 +171,25 @@ def test_settings_of_a_run_s_task_can_be_given_without_choosing_it(tmp_path: Pat
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "5 9\n", done.stderr
+
+
+def test_a_run_that_knew_no_threshold_is_evaluated_with_one(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    text = file.read_text()
+    for key in ("threshold", "factor"):
+        assert f"  {key}: null\n" in text
+        text = text.replace(f"  {key}: null\n", "")
+    file.write_text(text)
+    cfg = settings(f"run={tmp_path / 'run'}", "decoding.threshold=0.4")
+    assert cfg.decoding.threshold == 0.4
+    assert "threshold" not in settings(f"run={tmp_path / 'run'}").decoding
+
+
+def test_steps_that_a_run_s_threshold_leaves_unread_are_noted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs.write_config(config.compose("config", ["decoding=threshold"]), tmp_path)
+    with caplog.at_level(logging.WARNING):
+        settings(f"run={tmp_path}", "decoding.steps=5")
+    assert "decoding.steps=5 is not read: with decoding.threshold=0.9" in caplog.text

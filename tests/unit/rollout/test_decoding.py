@@ -18,7 +18,8 @@ from spg.models.factory import build_policy
 from spg.models.network import Positions
 from spg.models.policy import Measure, Policy
 from spg.models.tokenizer import tiny_tokenizer
-from spg.rollout.decoder import CONFIDENCE, Decoder, transfer_counts
+from spg.rollout.decoder import CONFIDENCE, Decoder
+from spg.rollout.schedule import transfer_counts
 from tests.helpers import columns, golden_policy, open_prompts, small_policy
 
 
@@ -525,6 +526,7 @@ PRESETS = {
     "semi_ar_32": (32, "low_confidence"),
     "semi_ar_64": (64, "low_confidence"),
     "semi_ar_random": (32, "random"),
+    "threshold": (12, "low_confidence"),
     "full_sequence": (256, "low_confidence"),
     "full_random": (256, "random"),
 }
