@@ -19,6 +19,7 @@ from spg import config
 from spg.config import ConfigError
 from spg.core.commands import command_line
 from spg.core.errors import Interrupted
+from spg.core.link import leave
 from spg.core.process import rank
 from spg.models import base_weights, hub
 from spg.runs.directory import find_config, last_logged, log_to, read_config, write_config
@@ -95,7 +96,9 @@ def start_or_resume(cfg: DictConfig, folder: Path, overrides: Sequence[str], tra
             begin(cfg, folder, overrides)
             work(Run(cfg, folder), train)
             return
-        if before is not None:
+        if before is None:
+            write_config(cfg, folder)  # the other processes read it
+        else:
             config.check_complete(before, folder / "config.yaml")
             check_same(identity(before), identity(cfg), folder, "hydra.run.dir")
             finished = read_status(folder).get("state") == "finished"
@@ -151,6 +154,7 @@ def resume(path: str, overrides: Sequence[str], train: Train) -> None:
         with run.stop.listen():
             train(run)
         logging.shutdown()
+        leave()
         # threads of gloo may abort an ordinary exit, which the first process would take for a death
         os._exit(0)
     with lock(folder):

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from spg.core import link
 from spg.core.errors import Interrupted
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,9 @@ class StopRequest:
         self.asked, self.by = True, signal.Signals(number)
         if not self.training:
             raise Interrupted("stopped before training began")
+        connection = link.current()
+        if connection is not None:
+            connection.hurry()
         log.info("Stopping when this rollout's updates are done; press Ctrl-C again to stop at once")
 
     def _is_again(self, number: int) -> bool:

@@ -35,12 +35,9 @@ class Interruption(pl.Callback):
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Let signals be noted, and not end the run at once, for the time of a `with` block."""
+        """Let signals be noted, and not end the run at once, from the beginning of a `with` block on."""
         self.stop.training = True
-        try:
-            yield
-        finally:
-            self.stop.training = False
+        yield
 
     def keep_signals(self, trainer: pl.Trainer) -> None:
         """Let Lightning install no handlers of signals: its own write checkpoints, and wait for processes."""
