@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from spg.cli import processes
+from spg.cli.job_function import JobFunction
 from spg.cli.sweep import check_writable, sweep
 from spg.config import (
     CONF_DIR,
@@ -83,6 +84,7 @@ def _explain_errors() -> Iterator[None]:
 
 def _run(primary: str, job: Job, resume: Resume | None, report: Callable[[Path], Any]) -> None:
     argv = _put_multirun_first(quote_paths(group_choices(sys.argv[1:])))
+    whole = argv
     paths = [unquote(line.removeprefix("resume=")) for line in argv if line.startswith("resume=")]
     others = [line for line in argv if not line.startswith("resume=")]
     auto = primary == "config" and paths[-1:] == ["auto"]
@@ -107,18 +109,9 @@ def _run(primary: str, job: Job, resume: Resume | None, report: Callable[[Path],
     auto = auto and not plan.multirun  # jobs of a multirun go on in any case
     if auto:
         check_folder_is_fixed(primary, plan)
-    sys.argv[1:] = plan.arguments
-    failures: list[Exception] = []
-
-    def catch(cfg: DictConfig) -> None:
-        try:
-            if auto:
-                cfg.resume = "auto"
-            job(cfg)
-        except (InputError, RunError, OSError) as error:  # Hydra would print a line of its own before it
-            failures.append(error)
-
-    app = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=primary)(catch)
+    sys.argv[1:] = whole if auto else plan.arguments
+    function = JobFunction(job)
+    app = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=primary)(function)
     if plan.multirun:
         processes.refuse_several("a multirun")
     if plan.multirun and resume is not None:  # the jobs of other commands leave no directories to go on with
@@ -126,8 +119,8 @@ def _run(primary: str, job: Job, resume: Resume | None, report: Callable[[Path],
     else:
         with check_writable("hydra.run.dir"):
             app()
-    if failures:
-        raise failures[0]
+    if function.failures:
+        raise function.failures[0]
 
 
 def _put_multirun_first(argv: Sequence[str]) -> list[str]:

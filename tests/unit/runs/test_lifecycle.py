@@ -119,7 +119,7 @@ def test_the_same_command_starts_goes_on_and_ends_well(
 def test_another_run_is_refused_with_the_key(auto: Callable[..., Path], trainer: Trainer) -> None:
     folder = auto()
     with pytest.raises(
-        ConfigError, match=r"holds a run with beta=1\.5, not beta=2\.0; give another hydra\.run\.dir"
+        ConfigError, match=r"holds a run with beta=1\.5, not 2\.0; give another hydra\.run\.dir"
     ) as error:
         auto("beta=2.0")
     assert "\n" not in str(error.value)
