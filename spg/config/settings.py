@@ -122,6 +122,7 @@ class Trainer:
     checkpoint_every: Count
     keep_every: Count | None
     samples_every: CountOrZero
+    requeue: bool
 
 
 class Model:

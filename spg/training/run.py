@@ -85,7 +85,7 @@ def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | No
     first = rank() == 0
     module.started = run.started
     saved = run.folder / "checkpoints"
-    interruption = Interruption()
+    interruption = Interruption(run.stop)
     validation = Validation(settings.validate_every)
     tested = BeforeAndAfter(saved / "best.ckpt", validation)
     checkpoints = Checkpoints(settings.checkpoint_every, saved, validation, interruption, settings.keep_every)
@@ -108,6 +108,7 @@ def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | No
             callbacks=callbacks,
             **fixed_arguments(run.folder),
         )
+        interruption.keep_signals(trainer)
         trainer.fit(module, Rollouts(module), ckpt_path=start and start.path, weights_only=True)
         if module.updates < module.max_updates:
             raise Interrupted(f"stopped after update {module.updates}, which is saved")
@@ -129,8 +130,7 @@ def _rewind(module: Training, start: Start, run: Run, metrics: MetricsCSV, valid
 
 def _open(run: Run) -> list[Logger]:
     """Write that the run is running, and with what; return the W&B logger if one is asked for."""
-    if run.changes:
-        write_config(run.cfg, run.folder)
+    write_config(run.cfg, run.folder)
     write_status(run.folder, state="running", error=None, max_updates=run.cfg.trainer.max_updates)
     if run.cfg.logger.wandb is None:
         return []
