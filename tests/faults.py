@@ -22,9 +22,9 @@ Patch = Callable[[Any, str, Any], None]
 
 def killed_while_saving(number: str, patch: Patch = setattr) -> None:
     """Die by SIGKILL when half of checkpoint file number `number`, from 1, has been written."""
-    from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+    from spg.training.checkpoint_files import SummedFiles
 
-    original, calls = TorchCheckpointIO.save_checkpoint, []
+    original, calls = SummedFiles.save_checkpoint, []
 
     def save(self: Any, checkpoint: Any, path: Any, *rest: Any, **more: Any) -> None:
         calls.append(path)
@@ -33,7 +33,7 @@ def killed_while_saving(number: str, patch: Patch = setattr) -> None:
             os.truncate(path, Path(path).stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    patch(TorchCheckpointIO, "save_checkpoint", save)
+    patch(SummedFiles, "save_checkpoint", save)
 
 
 def killed_while_writing_slices(moment: str, patch: Patch = setattr) -> None:
@@ -95,7 +95,7 @@ def killed_while_writing_slices(moment: str, patch: Patch = setattr) -> None:
 
     patch(FileSystemWriter, "write_data", write_data)
     patch(FileSystemWriter, "finish", finish_writing)
-    patch(checkpoints.os, "replace", replace_file)
+    patch(os, "replace", replace_file)
     patch(checkpoints, "remove_unnamed", remove_folders)
 
 

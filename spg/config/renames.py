@@ -50,6 +50,7 @@ ADDED: dict[str, str] = {
     "decoding.cfg_scale": "0.0",
     "trainer.nodes": "1",
     "trainer.checkpoint_format": "whole",
+    "trainer.requeue": "False",
 }
 
 

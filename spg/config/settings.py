@@ -123,6 +123,7 @@ class Trainer:
     keep_every: Count | None
     checkpoint_format: Literal["whole", "sharded"]
     samples_every: CountOrZero
+    requeue: bool
 
 
 class Model:

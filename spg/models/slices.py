@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -20,6 +21,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from spg.core.checksums import sum_file, write_manifest
+from spg.core.world import World
+
+_DESCRIPTION = ".metadata"
 # key of a checkpoint that names the folder
 SLICES = "slices"
 # name of a weight in a folder: this before its name in the module
@@ -67,7 +72,7 @@ class _Unpickler(pickle.Unpickler):
 
 class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
+        path = Path(self.path) / _DESCRIPTION
         with path.open("rb") as file:
             metadata = _Unpickler(file).load()
         if not isinstance(metadata, Metadata):
@@ -88,7 +93,8 @@ def optimizer_name(optimizer: int, number: int, entry: str) -> str:
 def write_slices(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors [...] to a new folder, each process its slices; every process must call this.
 
-    What all processes hold alike is written once.
+    What all processes hold alike is written once. Each process computes the checksum of its own file, and the
+    first one writes them into the folder.
 
     Raises:
         OSError: in all processes, if one of them can't write.
@@ -101,6 +107,11 @@ def write_slices(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror or str(cause)) from error
         raise cause from error
+    own = sorted(folder.glob(f"__{dist.get_rank()}_*"))
+    world = World(dist.get_rank(), dist.get_world_size())
+    sums = dict(world.gather_items([(path.name, sum_file(path)) for path in own]))
+    if world.rank == 0:
+        write_manifest(folder, sums | {_DESCRIPTION: sum_file(folder / _DESCRIPTION)})
 
 
 def read_shapes(folder: Path) -> dict[str, Tensor]:

@@ -15,26 +15,17 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from spg.algorithms.objectives import Adaptive, Objective
 from spg.config.renames import update_paths
 from spg.core.errors import RunError
 from spg.core.world import World
-from spg.models.weights import describe_checkpoint, fill_weights, read_checkpoint
+from spg.models.weights import describe_checkpoint, fill_weights
 from spg.runs.identity import CHANGEABLE, find_difference
 from spg.training.fsdp import sharding_of
 
 FORMAT = 1
-
-
-class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's files of checkpoints, and those whose tensors are in slices, which it reads whole."""
-
-    def load_checkpoint(self, path: str | Path, *rest: Any, **more: Any) -> dict[str, Any]:
-        """Return a checkpoint with whole tensors on the CPU."""
-        return read_checkpoint(path)
 
 
 class TrainedWeights:

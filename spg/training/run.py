@@ -32,7 +32,7 @@ from spg.training.callbacks import (
     Samples,
     Validation,
 )
-from spg.training.checkpoint import CheckpointFiles, processes_of
+from spg.training.checkpoint import processes_of
 from spg.training.environment import fixed_arguments
 from spg.training.fsdp import Sharded, sharding_of
 from spg.training.loggers import MetricsCSV, wandb_logger
@@ -86,7 +86,7 @@ def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | No
     first = rank() == 0
     module.started = run.started
     saved = run.folder / "checkpoints"
-    interruption = Interruption()
+    interruption = Interruption(run.stop)
     validation = Validation(settings.validate_every)
     tested = BeforeAndAfter(saved / "best.ckpt", validation)
     checkpoints = Checkpoints(settings.checkpoint_every, saved, validation, interruption, settings.keep_every)
@@ -109,7 +109,7 @@ def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | No
             callbacks=callbacks,
             **fixed_arguments(run.folder),
         )
-        trainer.strategy.checkpoint_io = CheckpointFiles()
+        interruption.keep_signals(trainer)
         trainer.fit(module, Rollouts(module), ckpt_path=start and start.path, weights_only=True)
         if module.updates < module.max_updates:
             raise Interrupted(f"stopped after update {module.updates}, which is saved")
@@ -145,8 +145,7 @@ def _rewind(
 
 def _open(run: Run) -> list[Logger]:
     """Write that the run is running, and with what; return the W&B logger if one is asked for."""
-    if run.changes:
-        write_config(run.cfg, run.folder)
+    write_config(run.cfg, run.folder)
     write_status(run.folder, state="running", error=None, max_updates=run.cfg.trainer.max_updates)
     if run.cfg.logger.wandb is None:
         return []

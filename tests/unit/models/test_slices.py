@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spg.core.checksums import is_whole
 from spg.models.slices import (
     SLICES,
     describe_tensors,
@@ -128,6 +129,16 @@ def test_tensors_that_a_folder_lacks_are_told(checkpoint: Path) -> None:
         fill_from_slices(folder, {"weights/policy.c": torch.zeros(3)})
     with pytest.raises(ValueError, match="Size mismatch"):
         fill_from_slices(folder, {"weights/policy.a": torch.zeros(3)})
+
+
+def test_each_file_of_a_folder_has_a_checksum(checkpoint: Path) -> None:
+    folder = checkpoint.parent / "some.slices"
+    assert is_whole(folder) is True
+    for path in [folder / "__0_0.distcp", folder / ".metadata"]:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+        assert is_whole(folder) is False
+        path.write_bytes(whole)
 
 
 def test_a_folder_may_move_with_its_file(checkpoint: Path, tmp_path: Path) -> None:
