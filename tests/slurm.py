@@ -1,8 +1,8 @@
 """Stand-ins for SLURM's commands on this machine: sbatch, srun, sacct, scontrol and scancel.
 
 `install` writes them to a folder that goes to the front of PATH. A job runs its script at once, with the
-variables that SLURM sets; `srun` starts the tasks of a step as processes of this machine, on as many "nodes" as
-are asked for. A job may be signalled, as SLURM does before the time limit, and be requeued.
+variables that SLURM sets; `srun` starts the tasks of a step as processes of this machine, on as many "nodes"
+as are asked for. A job may be signalled, as SLURM does before the time limit, and be requeued.
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ def wait_for_all(environment: dict[str, str], seconds: float) -> dict[str, dict[
     return jobs_in(environment)
 
 
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
 def _options(words: list[str]) -> tuple[dict[str, str], list[str]]:
     """Return options and what stands behind them."""
     options: dict[str, str] = {}
@@ -89,12 +93,18 @@ def sbatch(words: list[str]) -> int:
     last = re.match(r"0-(\d+)", options.get("array", ""))
     for index in [None] if last is None else range(int(last[1]) + 1):
         job = str(number) if index is None else f"{number}_{index}"
-        about = {"options": options, "script": script, "arguments": arguments, "index": index, "cwd": os.getcwd()}
+        about = {
+            "options": options,
+            "script": script,
+            "arguments": arguments,
+            "index": index,
+            "cwd": os.getcwd(),
+        }
         _note(job, JobID=job, State="RUNNING", raw=number + (index or 0), array=number, **about)
         subprocess.Popen(
             ["supervise", job], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-    print(f"Submitted batch job {number}")
+    _say(f"Submitted batch job {number}")
     return 0
 
 
@@ -175,7 +185,8 @@ def srun(words: list[str]) -> int:
         streams = {}
         for name, stream in (("output", "stdout"), ("error", "stderr")):
             if name in options:
-                streams[stream] = Path(_fill(options[name], dict(os.environ), number)).open("ab")
+                path = Path(_fill(options[name], dict(os.environ), number))
+                streams[stream] = path.open("ab")  # the task writes to it
         tasks.append(
             subprocess.Popen(command, env=os.environ | variables, start_new_session=True, **streams)  # type: ignore[call-overload]
         )
@@ -203,17 +214,17 @@ def srun(words: list[str]) -> int:
 
 def sacct(words: list[str]) -> int:
     """Write the states of all jobs."""
-    print("JobID|State|NodeList")
+    _say("JobID|State|NodeList")
     for path in sorted(Path(os.environ[STATE]).glob("*.json")):
         about = json.loads(path.read_text())
-        print(f"{about['JobID']}|{about['State']}|localhost")
+        _say(f"{about['JobID']}|{about['State']}|localhost")
     return 0
 
 
 def scontrol(words: list[str]) -> int:
     """Requeue a job, show its state, or list the hosts of a job."""
     if words[:2] == ["show", "hostnames"]:
-        print(words[2].replace(",", "\n"))
+        _say(words[2].replace(",", "\n"))
         return 0
     job = next(
         path.stem
@@ -223,7 +234,7 @@ def scontrol(words: list[str]) -> int:
     if words[0] == "requeue":
         _note(job, State="REQUEUED")
     else:
-        print(f"JobId={words[-1]} JobState={json.loads(_state(job).read_text())['State']}")
+        _say(f"JobId={words[-1]} JobState={json.loads(_state(job).read_text())['State']}")
     return 0
 
 
