@@ -200,9 +200,10 @@ def _explain_full_disk(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
+        what = error.filename or f"a file in {folder}"
         raise RunError(
-            f"{error.filename or f'a file in {folder}'} could not be written ({error.strerror}); what was saved before is "
-            f"whole: make room, then go on with: {command_line('train', f'resume={folder}')}"
+            f"{what} could not be written ({error.strerror}); what was saved before is whole: make room, then go "
+            f"on with: {command_line('train', f'resume={folder}')}"
         ) from error
 
 
