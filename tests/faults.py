@@ -179,7 +179,7 @@ def interrupted(update: str, patch: Patch = setattr) -> None:
 
 
 def signalled(value: str, patch: Patch = setattr) -> None:
-    """Send this process a signal while the metrics of an update are logged: `USR1@4`, one or several (`,`)."""
+    """Send this process signals while the metrics of an update are logged: `USR1@4`, `USR1,TERM@4`."""
     from spg.training.module import Training
 
     original = Training.record

@@ -1,4 +1,4 @@
-"""One command that starts a run or goes on with it: after kills, after signals of a scheduler, under torchrun."""
+"""One command that starts a run or goes on with it: after kills and signals, and under torchrun."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def workers(folder: Path) -> list[int]:
 def test_a_signal_of_slurm_saves_the_run_and_leaves_nothing_to_another_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lightning would write hpc_ckpt_1.ckpt into the working folder, and the next run from there would read it.
+    """Lightning would write hpc_ckpt_1.ckpt into the working folder; the next run from there would read it.
 
     Here one lies there and in the run's own folder from the start: the run begins at update 0 all the same.
     """
@@ -72,8 +72,7 @@ def test_a_signal_of_slurm_saves_the_run_and_leaves_nothing_to_another_one(
     for name, value in variables.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     folder = tmp_path / "runs" / "mine"
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints").rmdir()
+    folder.mkdir(parents=True)
     for place in (tmp_path, folder):
         torch.save({"epoch": 3, "global_step": 40, "state_dict": {}}, place / "hpc_ckpt_1.ckpt")
     faults.signalled("USR1,USR1,TERM@4", monkeypatch.setattr)
