@@ -202,8 +202,8 @@ def _explain_full_disk(folder: Path) -> Iterator[None]:
             raise
         what = error.filename or f"a file in {folder}"
         raise RunError(
-            f"{what} could not be written ({error.strerror}); what was saved before is whole: make room, then go "
-            f"on with: {command_line('train', f'resume={folder}')}"
+            f"{what} could not be written ({error.strerror}); what was saved before is whole: make room, then "
+            f"go on with: {command_line('train', f'resume={folder}')}"
         ) from error
 
 
