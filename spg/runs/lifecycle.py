@@ -202,7 +202,7 @@ def _explain_full_disk(folder: Path) -> Iterator[None]:
             raise
         what = error.filename or f"a file in {folder}"
         raise RunError(
-            f"{what} could not be written ({error.strerror}); what was saved before is whole: make room, then "
+            f"{what} could not be written ({error.strerror}); what was saved is whole: make room, then "
             f"go on with: {command_line('train', f'resume={folder}')}"
         ) from error
 
