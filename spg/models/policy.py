@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from spg.core.devices import send
 from spg.core.errors import InputError
 from spg.core.examples import Chat, Example, Template
 from spg.core.rules import checked
@@ -160,6 +161,10 @@ class Policy(nn.Module):
             ids = ids[: ids.index(self.eos_id)]
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def texts(self, completion_ids: Tensor) -> tuple[str, ...]:
+        """Return the texts of completions [B T], which are read from the device at once."""
+        return tuple(self.text(row) for row in completion_ids.cpu())
+
     def prepare(
         self,
         examples: Sequence[Example],
@@ -190,8 +195,8 @@ class Policy(nn.Module):
             mask=self._tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded]).bool(),
             template=self._tensor([ids for ids, _ in completions]),
             given=self._tensor([given for _, given in completions]).bool(),
-            group=group.to(self.device),
-            index=index.to(self.device),
+            group=send(group, self.device),
+            index=send(index, self.device),
             examples=tuple(examples),
         )
 
@@ -208,7 +213,7 @@ class Policy(nn.Module):
         return ids + [self.eos_id] * rest, given + [True] * rest
 
     def _tensor(self, rows: Sequence[Sequence[int | bool]]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.long, device=self.device)
+        return send(torch.tensor(rows, dtype=torch.long), self.device)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context in which the network computes in the precision of the policy.
@@ -220,7 +225,14 @@ class Policy(nn.Module):
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def token_logps(self, tokens: Tensor, mask: Tensor | None, targets: Tensor, scored: Tensor) -> Tensor:
+    def token_logps(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        targets: Tensor,
+        scored: Tensor,
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:
         """Return log pi(targets | tokens) [N T] at the scored positions, 0 elsewhere, in float32.
 
         Args:
@@ -228,12 +240,16 @@ class Policy(nn.Module):
             mask: True at real tokens [N L]; None if nothing is padded.
             targets: Token ids of the last T positions [N T].
             scored: True at the positions to compute [N T].
+            counts: Number of scored positions in each row; None to read it, for which the device is waited
+                for.
         """
         width = tokens.shape[1] - targets.shape[1]
+        at = Positions.of_mask(F.pad(scored, (width, 0)), counts)
+        places = at.places(targets.shape[1], width)
         with self.autocast():
-            picked = self.network.hidden(tokens, mask, Positions.of_mask(F.pad(scored, (width, 0))))
-            logps = self.network.logps(picked, targets[scored])
-        return torch.zeros(targets.shape, device=logps.device).masked_scatter(scored, logps)
+            picked = self.network.hidden(tokens, mask, at)
+            logps = self.network.logps(picked, targets.flatten()[places])
+        return torch.zeros(targets.numel(), device=logps.device).scatter(0, places, logps).view_as(targets)
 
     @torch.no_grad()
     def propose(
@@ -356,12 +372,12 @@ class Policy(nn.Module):
     def _excluded_ids(self, rows: int, device: torch.device) -> Tensor:
         if self._excluded is not None and self._excluded.device == device:
             return self._excluded
-        excluded = torch.arange(rows, device=device) >= len(self.tokenizer)
+        excluded = torch.arange(rows) >= len(self.tokenizer)
         excluded[self.mask_id] = True
         if self.pad_id != self.eos_id:
             excluded[self.pad_id] = True
-        self._excluded = excluded
-        return excluded
+        self._excluded = send(excluded, device)
+        return self._excluded
 
 
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
