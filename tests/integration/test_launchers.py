@@ -64,14 +64,17 @@ def srun_to_the_end(module: str, *lines: str, count: int = 2, nodes: int = 1) ->
 
 
 def torchrun(
-    *lines: str, options: tuple[str, ...] = ("--nnodes=1", "--nproc-per-node=2"), before: tuple[str, ...] = ()
+    *lines: str,
+    options: tuple[str, ...] = ("--nnodes=1", "--nproc-per-node=2"),
+    before: tuple[str, ...] = (),
+    module: str = "spg.train",
 ) -> subprocess.Popen[str]:
-    """Start `torchrun <options> -m spg.train <lines>`."""
+    """Start `<before> torchrun <options> -m <module> <lines>`."""
     given = {"--rdzv-backend": "c10d", "--rdzv-endpoint": "localhost:0"}
     given |= dict(option.split("=", 1) for option in options)
     start = [*before, str(BIN / "torchrun"), *(f"{key}={value}" for key, value in given.items())]
     return subprocess.Popen(
-        [*start, "-m", "spg.train", *lines],
+        [*start, "-m", module, *lines],
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -327,7 +330,7 @@ def test_a_process_that_is_stopped_for_a_minute_is_named_and_goes_on(tmp_path: P
     for one in step:
         one.send_signal(signal.SIGTERM)
     text = "".join("".join(one.communicate(60)) for one in step)
-    assert [one.returncode for one in step] == [130, 130]
+    assert [one.returncode for one in step] == [130, 0]
     assert (
         f"rank 1 (of 2 processes; host {socket.gethostname()}, pid {step[1].pid}) has been silent for" in text
     )
@@ -365,6 +368,34 @@ def test_base_weights_are_made_once_and_awaited(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.long
+def test_what_one_process_raises_is_told_with_its_rank(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    lines = (*LONG, f"hydra.run.dir={folder}")
+    both = (command("train", *lines), command("tests.faults", "fails_at=3", "spg.train", *lines))
+    step = [
+        warm.Popen(line, cwd=ROOT, env={**ENVIRONMENT, **own})
+        for line, own in zip(both, tasks(2), strict=True)
+    ]
+    texts = ["".join(one.communicate(120)) for one in step]
+    assert [one.returncode for one in step] == [1, 1], texts
+    name = f"the process of rank 1 (of 2 processes; host {socket.gethostname()}, pid {step[1].pid})"
+    assert f"{name} failed: ZeroDivisionError: planted; the others were ended" in texts[0]
+    assert "Traceback" not in texts[0]
+    assert "Traceback" in texts[1]
+    assert name in read_status(folder)["error"]
+
+
+@pytest.mark.long
+def test_under_torchrun_a_number_that_is_not_finite_is_kept_to_be_seen_again(tmp_path: Path) -> None:
+    lines = ("loss_is_inf=3", "spg.train", *LONG, f"hydra.run.dir={tmp_path / 'run'}")
+    both = torchrun(*lines, module="tests.faults")
+    text = both.communicate(timeout=120)[0]
+    assert both.returncode == 1
+    assert "See it again with: python -m spg.reproduce file=" in text
+    assert [path.name for path in (tmp_path / "run").glob("nonfinite*")] == ["nonfinite-update-000003.pt"]
+
+
+@pytest.mark.long
 def test_killed_at_random_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """SPG_KILLS=10 makes it ten runs, each with a kill at a random moment of a random process."""
     lines = (*QUICK, *SMALL, *TWO, "trainer.max_updates=60", "trainer.validate_every=20")
@@ -375,14 +406,19 @@ def test_killed_at_random_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     chance = random.Random(os.environ.get("SPG_SEED", "14"))
     for number in range(int(os.environ.get("SPG_KILLS", "2"))):
         folder = tmp_path / str(number)
-        both = torchrun(*lines, f"hydra.run.dir={folder}")
+        by_itself = number % 2 == 0  # else the user gives another command
+        auto = ("resume=auto",) if by_itself else ()
+        restarts = ("--nnodes=1", "--nproc-per-node=2", f"--max-restarts={int(by_itself)}")
+        both = torchrun(*lines, *auto, f"hydra.run.dir={folder}", options=restarts)
         wait_for_checkpoint(folder)
         time.sleep(chance.uniform(0.0, lasts / 4))
         found = workers(str(folder), "RANK")
         assert found, "the run lasts longer than the wait"
         os.kill(found[chance.randrange(2)], signal.SIGKILL)
-        assert both.wait(60) == 1
-        again = torchrun(f"resume={folder}")
-        text = again.communicate(timeout=240)[0]
-        assert again.returncode == 0, text
+        text = both.communicate(timeout=240)[0]
+        assert both.returncode == int(not by_itself), text
+        if not by_itself:
+            again = torchrun(f"resume={folder}")
+            text = again.communicate(timeout=240)[0]
+            assert again.returncode == 0, text
         assert same_run(tmp_path / "whole", folder)
