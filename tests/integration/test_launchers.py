@@ -32,7 +32,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 def tasks(count: int, nodes: int = 1) -> list[dict[str, str]]:
     """Return the variables that `srun` sets for each task of a step on this machine."""
     shared = {
-        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_ID": str(random.SystemRandom().randrange(10**8)),
         "SLURM_JOB_NAME": "train",
         "SLURM_STEP_ID": "0",
         "SLURM_STEP_NODELIST": "localhost",
@@ -48,12 +48,25 @@ def tasks(count: int, nodes: int = 1) -> list[dict[str, str]]:
     ]
 
 
+started: list[warm.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def leave_none_behind() -> Iterator[None]:
+    """End the tasks that a test which failed has left."""
+    yield
+    while started:
+        started.pop().kill()
+
+
 def srun(module: str, *lines: str, count: int = 2, nodes: int = 1) -> list[warm.Popen]:
     """Start the tasks of a step."""
-    return [
+    step = [
         warm.Popen(command(module, *lines), cwd=ROOT, env={**ENVIRONMENT, **variables})
         for variables in tasks(count, nodes)
     ]
+    started.extend(step)
+    return step
 
 
 def srun_to_the_end(module: str, *lines: str, count: int = 2, nodes: int = 1) -> tuple[set[int | None], str]:
@@ -236,14 +249,14 @@ def test_two_nodes_of_one_process_are_two_processes_of_one_node(
 ) -> None:
     """(e): a ValueError before."""
     shape = ("trainer.nodes=2", "trainer.devices=1", f"hydra.run.dir={tmp_path / 'run'}")
-    started = [
+    both = [
         torchrun(
             *QUICK, *SMALL, *TWO, *shape, before=before, options=("--nnodes=2", "--nproc-per-node=1", *own)
         )
         for before, own in two_nodes
     ]
-    texts = [one.communicate(timeout=240)[0] for one in started]
-    assert [one.returncode for one in started] == [0, 0], texts
+    texts = [one.communicate(timeout=240)[0] for one in both]
+    assert [one.returncode for one in both] == [0, 0], texts
     assert sum(text.count("Run directory:") for text in texts) == 1
     assert same_run(alone, tmp_path / "run")
 
@@ -281,9 +294,9 @@ def test_a_task_that_dies_is_named_and_the_others_end(tmp_path: Path, victim: in
     step = srun("train", *LONG, f"hydra.run.dir={folder}")
     wait_for_checkpoint(folder)
     step[victim].kill()
-    started = time.monotonic()
+    before = time.monotonic()
     text = "".join(step[1 - victim].communicate(60))
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - before < 60
     assert step[1 - victim].returncode == 1
     name = (
         f"of rank {victim} (of 2 processes; host {socket.gethostname()}, pid {step[victim].pid}) ended unex"
@@ -346,9 +359,9 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_stopped_process(tmp_pat
     step[1].send_signal(signal.SIGSTOP)
     time.sleep(3)
     step[0].send_signal(signal.SIGTERM)
-    started = time.monotonic()
+    before = time.monotonic()
     text = "".join(step[0].communicate(90))
-    assert 15 < time.monotonic() - started < 80
+    assert 15 < time.monotonic() - before < 80
     assert step[0].returncode == 1
     assert "has been silent for" in text
     assert read_status(folder)["state"] == "failed"
@@ -376,6 +389,7 @@ def test_what_one_process_raises_is_told_with_its_rank(tmp_path: Path) -> None:
         warm.Popen(line, cwd=ROOT, env={**ENVIRONMENT, **own})
         for line, own in zip(both, tasks(2), strict=True)
     ]
+    started.extend(step)
     texts = ["".join(one.communicate(120)) for one in step]
     assert [one.returncode for one in step] == [1, 1], texts
     name = f"the process of rank 1 (of 2 processes; host {socket.gethostname()}, pid {step[1].pid})"
@@ -400,9 +414,9 @@ def test_killed_at_random_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """SPG_KILLS=10 makes it ten runs, each with a kill at a random moment of a random process."""
     lines = (*QUICK, *SMALL, *TWO, "trainer.max_updates=60", "trainer.validate_every=20")
     whole = torchrun(*lines, f"hydra.run.dir={tmp_path / 'whole'}")
-    started = time.monotonic()
+    before = time.monotonic()
     assert whole.wait(240) == 0
-    lasts = time.monotonic() - started
+    lasts = time.monotonic() - before
     chance = random.Random(os.environ.get("SPG_SEED", "14"))
     for number in range(int(os.environ.get("SPG_KILLS", "2"))):
         folder = tmp_path / str(number)
