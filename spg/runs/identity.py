@@ -12,8 +12,8 @@ from spg import config
 from spg.config import CONF_DIR, ConfigError
 from spg.config.renames import ADDED
 
-# settings that a resumed run may change; threads and the batch sizes change rounding at most, and noise of
-# dropout
+# settings that a resumed run may change; threads, the batch sizes and how processes share the work change
+# rounding at most, and noise of dropout
 CHANGEABLE = (
     "trainer.max_updates",
     "trainer.checkpoint_every",
@@ -22,6 +22,10 @@ CHANGEABLE = (
     "trainer.threads",
     "trainer.micro_batch_size",
     "trainer.eval_batch_size",
+    "trainer.checkpoint_format",
+    "trainer.nodes",
+    "trainer.devices",
+    "trainer.strategy",
     "trainer.requeue",
     "logger",
 )

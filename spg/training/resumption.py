@@ -11,16 +11,20 @@ from typing import Any
 
 from spg.core.checksums import is_whole, put_in_place_with_sum, sum_file
 from spg.core.errors import RunError
-from spg.models.weights import read_checkpoint
+from spg.models.weights import describe_checkpoint
 from spg.runs.directory import last_logged
 from spg.training.callbacks import Validation
+from spg.training.slice_folders import remove_unnamed
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Start:
-    """A checkpoint that a run goes on from: its file and its contents."""
+    """A checkpoint that a run goes on from: its file and its contents.
+
+    Tensors in slices have only a shape there.
+    """
 
     path: Path
     state: dict[str, Any]
@@ -84,11 +88,12 @@ def _others(folder: Path) -> list[Path]:
 def _find_damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, None if it is whole."""
     try:
-        read_checkpoint(path)
+        slices = describe_checkpoint(path).get("slices")
     except ValueError as error:
         return str(error)
-    if is_whole(path) is False:
-        return f"{path} is broken: it does not have the checksum that was stored when it was written"
+    for place in (path, slices):
+        if place is not None and is_whole(place) is False:
+            return f"{place} is broken: it does not have the checksum that was stored when it was written"
     return None
 
 
@@ -101,7 +106,7 @@ def read_start(path: Path | None) -> Start | None:
     if path is None:
         return None
     try:
-        return Start(path, read_checkpoint(path))
+        return Start(path, describe_checkpoint(path))
     except ValueError as error:
         raise RunError(
             f"{error}; nothing was changed. Give another checkpoint of the run (resume=<one in "
@@ -127,6 +132,7 @@ def rewind_files(start: Start, folder: Path, validation: Validation) -> None:
     known = Validation(validation.every)
     known.load_state_dict(start.state["callbacks"]["Validation"])
     best = folder / "best.ckpt"
+    remove_unnamed(folder)
     if known.best is None or (
         best.exists() and _update_of(best) == known.best[0] and is_whole(best) is not False
     ):
@@ -141,7 +147,7 @@ def rewind_files(start: Start, folder: Path, validation: Validation) -> None:
 def _update_of(path: Path) -> int | None:
     """Return the update of a checkpoint, None if it can't be read."""
     try:
-        update: int = read_checkpoint(path)["spg"]["updates"]
+        update: int = describe_checkpoint(path)["spg"]["updates"]
     except ValueError:
         return None
     return update

@@ -17,14 +17,16 @@ from spg.training.callbacks.periodic import Periodic
 from spg.training.callbacks.validation import Validation
 from spg.training.checkpoint_files import SummedFiles
 from spg.training.module import Training
+from spg.training.slice_folders import remove_unnamed
 
 
 class Checkpoints(Periodic):
     """Writes last.ckpt every so many updates, and best.ckpt when validation improves.
 
     If the run is interrupted, the last checkpoint is written at once. Metrics are on disk before a checkpoint
-    is; a file is written under a temporary name and then renamed, and has its checksum beside it. This
-    callback comes after Validation.
+    is; a file is written under a temporary name and then renamed, and has its checksum beside it. The slices
+    that it names, if it does, are whole by then, and older ones are removed afterwards. This callback comes
+    after Validation.
 
     Args:
         every: Updates between two writings of last.ckpt.
@@ -90,9 +92,12 @@ class Checkpoints(Periodic):
             trainer.save_checkpoint(staged)
             if trainer.is_global_zero:
                 self._put_in_place(staged, self.folder / name)
+                remove_unnamed(self.folder)
         except OSError as error:
             with suppress(OSError):
                 staged.unlink(missing_ok=True)
+                if trainer.is_global_zero:
+                    remove_unnamed(self.folder)  # the slices that were begun take room
             raise RunError(
                 f"{self.folder / name} could not be written ({error.strerror or error}); what was saved "
                 "before is whole: make room, then resume the run"
