@@ -65,6 +65,7 @@ REPLACED: dict[str, Any] = {
     "torch.Tensor.pin_memory": _pin_memory,
 }
 
+
 @contextmanager
 def replaced() -> Iterator[None]:
     """Let the functions answer for the device, and tensors of a module be replaced when it moves."""

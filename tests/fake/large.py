@@ -62,7 +62,9 @@ def piece(made: Policy, rows: int, *, padded: bool) -> Counts:
     made.train()
     made.zero_grad()
     with counting() as counts:
-        logps = made.token_logps(ids, mask, ids[:, PROMPT:], scored, [COMPLETION - 5 * n for n in range(rows)])
+        logps = made.token_logps(
+            ids, mask, ids[:, PROMPT:], scored, [COMPLETION - 5 * n for n in range(rows)]
+        )
         logps.sum().backward()
     assert logps.shape == (rows, COMPLETION)
     return counts
