@@ -38,10 +38,10 @@ class Completer:
         examples = [item.example for item in items]
         group = torch.tensor([item.index for item in items])
         index = torch.tensor([item.index + SAMPLES_APART * item.sample for item in items])
-        was_training = self.policy.training
-        self.policy.eval()
-        rollout = collect.complete(self.policy, self.decoder, self.task, examples, group, index, self.seed)
-        self.policy.train(was_training)
+        with self.policy.decoding():
+            rollout = collect.complete(
+                self.policy, self.decoder, self.task, examples, group, index, self.seed
+            )
         steps = rollout.steps_taken.tolist()
         tokens = rollout.completion_mask.sum(-1).tolist()
         decoded = (rollout.commit_step >= 0).sum(-1).tolist()

@@ -22,7 +22,15 @@ from spg.core.examples import Chat, Example, Template
 from spg.core.rules import checked
 from spg.core.types import Prompts
 from spg.models.head import rows_at_once
-from spg.models.lora import LoRA, add_adapter, load_adapter, save_adapter
+from spg.models.lora import (
+    FusedLayer,
+    LoRA,
+    add_adapter,
+    fused,
+    keep_input_types,
+    load_adapter,
+    save_adapter,
+)
 from spg.models.network import Cache, Network, Positions
 
 # how clear a choice is: what `propose` returns beside the token
@@ -60,6 +68,8 @@ class Policy(nn.Module):
         # lists keep both from becoming submodules: the adapter wraps the network, the copy is not trained
         self._adapter: list[Any] = []
         self._reference: list[Network] = []
+        self._fused: list[FusedLayer] = []
+        self._is_decoding = False
         # a group repeats its prompt, and templates repeat short texts
         self._encode_text = lru_cache(maxsize=4096)(self._encode)
 
@@ -76,7 +86,10 @@ class Policy(nn.Module):
 
     def adapt(self, lora: LoRA) -> None:
         """Train an adapter from now on, instead of the own weights of the network."""
-        self._adapter = [add_adapter(self.network, lora)]
+        adapter = add_adapter(self.network, lora)
+        self._adapter, self._fused = [adapter], FusedLayer.of(adapter)
+        if self.precision != "32-true":
+            keep_input_types(adapter)
 
     @property
     def has_adapter(self) -> bool:
@@ -119,6 +132,23 @@ class Policy(nn.Module):
                 yield
         finally:
             self.network = own
+            self.train(was_training)
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Decode in a `with` block: in evaluation mode, without gradients, with a fused adapter.
+
+        The weights must not change in it.
+        """
+        was_training, was_decoding = self.training, self._is_decoding
+        lower = None if self.precision == "32-true" else torch.bfloat16
+        self.eval()
+        self._is_decoding = True
+        try:
+            with torch.no_grad(), nullcontext() if was_decoding else fused(self._fused, lower):
+                yield
+        finally:
+            self._is_decoding = was_decoding
             self.train(was_training)
 
     def encode(self, prompt: str | Chat) -> list[int]:
