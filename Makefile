@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format docs clean
+.PHONY: help setup demo test fake test-all lint format docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,7 +24,10 @@ demo: $(READY) ## train on Sudoku for about three minutes, from the shipped base
 test: $(READY) ## run the tests that take minutes at most
 	$(BIN)/python -m pytest
 
-test-all: $(READY) ## run all tests, the long ones too
+fake: $(READY) ## run the code for GPUs on a pretended device; needs a C++ compiler
+	$(BIN)/python -m pytest -m fake tests/fake
+
+test-all: fake ## run all tests, the long ones too
 	$(BIN)/python -m pytest -m ""
 
 lint: $(READY) ## check style, types and the order of the packages

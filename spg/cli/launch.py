@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import hydra
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from spg.cli import processes
+from spg.cli.job_function import JobFunction
 from spg.cli.sweep import check_writable, sweep
 from spg.config import (
     CONF_DIR,
@@ -33,7 +36,11 @@ Resume = Callable[[str, list[str]], Any]
 
 
 def run(
-    primary: str, job: Job, resume: Resume | None = None, report: Callable[[Path], Any] | None = None
+    primary: str,
+    job: Job,
+    resume: Resume | None = None,
+    report: Callable[[Path], Any] | None = None,
+    prepare: Callable[[], object] | None = None,
 ) -> None:
     """Check the command line of this process, then do what it asks for.
 
@@ -45,10 +52,20 @@ def run(
         resume: Goes on with the work in a directory. It gets the path of `resume=<path>` and the other
             overrides.
         report: Reports on the directory of a multirun at its end; by default with a table of runs.
+        prepare: Imports what the processes of a run need; None if the command is for one process.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises the errors of a job as they are
-    try:
+    shared = processes.share("train" if primary == "config" else primary, prepare)
+    # the message comes before the other processes of the run hear of the end
+    with _explain_errors(), shared, _explain_errors():
         _run(primary, job, resume, report or _report_runs)
+
+
+@contextmanager
+def _explain_errors() -> Iterator[None]:
+    """End this process with a message and the code of its error, if a `with` block raises one for users."""
+    try:
+        yield
     except InputError as error:
         _end(str(error), 2)
     except RunError as error:
@@ -82,22 +99,17 @@ def _run(primary: str, job: Job, resume: Resume | None, report: Callable[[Path],
         show_help(primary, plan.own)
         return
     sys.argv[1:] = plan.arguments
-    failures: list[Exception] = []
-
-    def catch(cfg: DictConfig) -> None:
-        try:
-            job(cfg)
-        except (InputError, RunError, OSError) as error:  # Hydra would print a line of its own before it
-            failures.append(error)
-
-    app = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=primary)(catch)
+    function = JobFunction(job)
+    app = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=primary)(function)
+    if plan.multirun:
+        processes.refuse_several("a multirun")
     if plan.multirun and resume is not None:  # the jobs of other commands leave no directories to go on with
         sweep(primary, plan, argv, app, report)
     else:
         with check_writable("hydra.run.dir"):
             app()
-    if failures:
-        raise failures[0]
+    if function.failures:
+        raise function.failures[0]
 
 
 def _put_multirun_first(argv: Sequence[str]) -> list[str]:
@@ -116,7 +128,8 @@ def _add_task_of_run(argv: Sequence[str]) -> list[str]:
 
 
 def _end(text: str, code: int) -> None:
-    sys.stderr.write(f"{text}\n")
+    if not processes.tell_first(text):
+        sys.stderr.write(f"{text}\n")
     sys.exit(code)
 
 

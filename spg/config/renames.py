@@ -47,6 +47,7 @@ RENAMED: dict[str, str] = {
 ADDED: dict[str, str] = {
     "decoding.threshold": "None",
     "decoding.factor": "None",
+    "decoding.cfg_scale": "0.0",
     "trainer.nodes": "1",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,11 @@ from typing import Any
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def digest(content: bytes) -> str:
+    """Return the SHA-256 of some bytes, in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_csv(path: str | Path) -> list[dict[str, str]]:

@@ -21,6 +21,7 @@ from spg.core.errors import InputError
 from spg.core.examples import Chat, Example, Template
 from spg.core.rules import checked
 from spg.core.types import Prompts
+from spg.models.guidance import Guidance
 from spg.models.head import rows_at_once
 from spg.models.lora import (
     FusedLayer,
@@ -34,7 +35,7 @@ from spg.models.lora import (
 from spg.models.network import Cache, Network, Positions
 
 # how clear a choice is: what `propose` returns beside the token
-Measure = Literal["probability", "margin", "negative_entropy", "lead"]
+Measure = Literal["probability", "unguided_probability", "margin", "negative_entropy", "lead"]
 
 
 class Policy(nn.Module):
@@ -277,6 +278,7 @@ class Policy(nn.Module):
         shared: bool = True,
         cache: Cache | None = None,
         window: slice | None = None,
+        guidance: Guidance | None = None,
     ) -> tuple[Tensor, ...]:
         """Choose a token for every position of `columns`, and measure how clear each choice is.
 
@@ -295,27 +297,35 @@ class Policy(nn.Module):
             cache: Keys and values of these rows. If it is filled, only the positions of `window` are
                 computed; else all are, and it is filled.
             window: Positions to compute with a filled cache; it holds those of `columns`.
+            guidance: Changes the distribution. A copy of each row is computed too, and the cache holds both.
 
         Returns:
             Token ids [N K], then each of `measures` [N K], in float32, at temperature 1 and without noise.
-            `probability` is that of the chosen token. `margin` is the difference in probability between the
+            `probability` is that of the chosen token, `unguided_probability` what it is without guidance.
+            `margin` is the difference in probability between the
             two most likely tokens, `lead` their difference in logits, which is that in log-probabilities.
             `negative_entropy` is that of the distribution, in nats.
         """
+        shape = columns.shape
+        if guidance is not None:
+            tokens, columns = guidance.with_copies(tokens, self.mask_id), columns.repeat(2, 1)
+            mask = None if mask is None else mask.repeat(2, 1)
         with self.autocast():
             states = self._states_at(tokens, mask, columns, shared, cache, window)
+        states, *copies = states.chunk(1 if guidance is None else 2)
         noise = None if noise is None or temperature == 0 else noise.flatten()
-        size = rows_at_once(self.network.head_width, states.device)
+        size = max(1, rows_at_once(self.network.head_width, states.device) // (1 + len(copies)))
         if noise is not None and states.device.type == "cuda":
             size = max(1, size // 8)  # in float64, and as logits, probabilities and their sums
-        pieces = range(0, len(states), size)
-        found = [
-            self._choose(
-                states[i : i + size], temperature, None if noise is None else noise[i : i + size], measures
+        found = []
+        for i in range(0, len(states), size):
+            part = slice(i, i + size)
+            own = self._logits(states[part])
+            logits = own if guidance is None else guidance.guide(own, self._logits(copies[0][part]))
+            found.append(
+                self._choose(logits, own, temperature, None if noise is None else noise[part], measures)
             )
-            for i in pieces
-        ]
-        return tuple(torch.cat(parts).view_as(columns) for parts in zip(*found, strict=True))
+        return tuple(torch.cat(parts).view(shape) for parts in zip(*found, strict=True))
 
     def _states_at(
         self,
@@ -341,13 +351,20 @@ class Policy(nn.Module):
             cache.select(which)
         return few.view(len(first), -1, few.shape[-1])[which].flatten(0, 1)
 
-    def _choose(
-        self, states: Tensor, temperature: float, noise: Tensor | None, measures: Sequence[Measure]
-    ) -> tuple[Tensor, ...]:
-        """Choose a token from each of states [S D], and measure the choices; see `propose`."""
+    def _logits(self, states: Tensor) -> Tensor:
+        """Return the logits [S V] of states [S D], in float32."""
         with self.autocast():
-            logits = self.network.logits(states)
-        logits = logits.float()
+            return self.network.logits(states).float()
+
+    def _choose(
+        self,
+        logits: Tensor,
+        unguided: Tensor,
+        temperature: float,
+        noise: Tensor | None,
+        measures: Sequence[Measure],
+    ) -> tuple[Tensor, ...]:
+        """Choose a token by each row of logits [S V], and measure the choices; see `propose`."""
         excluded = self._excluded_ids(logits.shape[-1], logits.device)
         allowed = logits.masked_fill(excluded, -torch.inf)
         ids = allowed.argmax(-1) if noise is None else _sample(allowed.double() / temperature, noise)
@@ -356,8 +373,8 @@ class Policy(nn.Module):
             if name == "lead":
                 return _gap(allowed)
             # over the whole head, as in the released code: excluded tokens take their share of probability
-            probabilities = logits.softmax(-1)
-            if name == "probability":
+            probabilities = (unguided if name == "unguided_probability" else logits).softmax(-1)
+            if name in ("probability", "unguided_probability"):
                 return probabilities.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
             if name == "margin":
                 return _gap(probabilities.masked_fill(excluded, 0.0))

@@ -13,6 +13,7 @@ from spg.core.combinations import check_commit_rule
 from spg.core.rules import Count, NotNegative, Positive, Probability, checked
 from spg.core.seeding import Streams
 from spg.core.types import Prompts, Rollout
+from spg.models.guidance import Guidance
 from spg.models.network import Cache
 from spg.models.policy import Measure, Policy, distinct_rows
 from spg.rollout.schedule import ConfidenceRule, FixedCounts, Schedule, WhileOpen
@@ -94,6 +95,9 @@ class Decoder:
             It needs `low_confidence` or `margin`.
         factor: In place of a threshold: commit the n most confident positions with the largest n for which
             (n + 1) (1 - confidence of the n-th) stays below this; see `ConfidenceRule`.
+        cfg_scale: Scale of classifier-free guidance, which chooses and measures tokens by other logits and
+            computes twice as many rows; see `Guidance`. `Rollout.commit_logps` stay those of the policy
+            itself. 0 is none.
     """
 
     @checked
@@ -110,6 +114,7 @@ class Decoder:
         refresh_every: Count | None = None,
         threshold: Probability | None = None,
         factor: Positive | None = None,
+        cfg_scale: NotNegative = 0.0,
     ) -> None:
         check_commit_rule(remasking, threshold, factor)
         self.gen_length = gen_length
@@ -123,6 +128,7 @@ class Decoder:
         self.refresh_every = refresh_every
         self.threshold = threshold
         self.factor = factor
+        self.cfg_scale = cfg_scale
 
     @property
     def rule(self) -> ConfidenceRule | None:
@@ -247,6 +253,7 @@ class Decoder:
             shared=shared,
             cache=cache,
             window=seen,
+            guidance=Guidance(self.cfg_scale, part(state.known)) if self.cfg_scale > 0 else None,
         )
         key = (measured[0] if order is None else order).masked_fill(~live, -torch.inf)
         if counts is None:
@@ -258,7 +265,7 @@ class Decoder:
             ties = ((measured[-1] <= self.near_tie) & picked).sum(-1)
             ties = ties + self._ties_of_order(key, picked, order is not None)
             part.put(state.near_ties, part(state.near_ties) + ties)
-        probability = measured[measures.index("probability")]
+        probability = measured[measures.index(self._kept)]
         logps = probability.clamp_min(torch.finfo(torch.float32).tiny).log()
         for whole, values in (
             (state.tokens[:, window], ids),
@@ -281,10 +288,15 @@ class Decoder:
             return close.long()
         return self.rule.close_calls(key, self.near_tie).maximum(close.long())
 
+    @property
+    def _kept(self) -> Measure:
+        """The probability of a committed token that a rollout keeps: that of the policy itself."""
+        return "unguided_probability" if self.cfg_scale > 0 else "probability"
+
     def _measures(self) -> list[Measure]:
         measures: list[Measure] = [CONFIDENCE.get(self.remasking, "probability")]
-        if "probability" not in measures:
-            measures.append("probability")
+        if self._kept not in measures:
+            measures.append(self._kept)
         if self.near_tie is not None:
             measures.append("lead")
         return measures
@@ -305,6 +317,7 @@ class _State:
 
     tokens: Tensor  # [B L]
     mask: Tensor | None  # [B L] True at real tokens; None if nothing is padded
+    known: Tensor  # [B L] tokens that are there before the first step
     open: Tensor  # [B T] holes that are still to fill
     commit_step: Tensor  # [B T]
     commit_logps: Tensor  # [B T]
@@ -320,6 +333,7 @@ class _State:
         return cls(
             tokens=torch.cat([prompts.ids, completion], dim=-1),
             mask=mask,
+            known=torch.cat([torch.ones_like(prompts.mask), prompts.given], dim=-1),
             open=~prompts.given,
             commit_step=torch.full_like(completion, -1),
             commit_logps=torch.zeros(completion.shape, device=completion.device),

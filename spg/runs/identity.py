@@ -57,9 +57,10 @@ def check_same(before: Mapping[str, str], now: Mapping[str, str], folder: Path) 
     """
     found = find_difference(before, now)
     if found is not None:
+        now_alone = found[1].removeprefix(f"{found[0].partition('=')[0]}=")
         raise OtherRunError(
-            f"{folder} holds a run with {found[0]}, not {found[1]}; give another hydra.sweep.dir, or "
-            "remove it"
+            f"{folder} holds a run with {found[0]}, not {now_alone}; give another "
+            "hydra.sweep.dir, or remove it"
         )
 
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from spg import config
 from spg.config import ConfigError
 from spg.core.commands import command_line
+from spg.core.link import leave
 from spg.core.process import rank
 from spg.models import base_weights, hub
 from spg.runs.directory import log_to, read_config, write_config
@@ -104,6 +105,7 @@ def resume(path: str, overrides: Sequence[str], train: Train) -> None:
     if rank() > 0:
         train(Run(cfg, folder, checkpoint, started=started))
         logging.shutdown()
+        leave()
         # threads of gloo may abort an ordinary exit, which the first process would take for a death
         os._exit(0)
     with lock(folder):

@@ -46,6 +46,22 @@ def record_failure(folder: Path) -> Iterator[None]:
         raise
 
 
+def record_death(folder: Path, text: str) -> bool:
+    """Write that the run in `folder` failed, if the first process, which would do it, is gone.
+
+    Returns:
+        Whether this process wrote it. Of several that try, one does.
+    """
+    try:
+        with lock(folder):
+            if read_status(folder).get("state") != "running":
+                return False
+            write_status(folder, state="failed", error=text)
+    except (RunError, InputError, OSError):
+        return False
+    return True
+
+
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Lock the directory of a run for the time of a `with` block, and make it if it does not exist.

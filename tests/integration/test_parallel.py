@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -121,12 +122,14 @@ def test_when_one_process_dies_the_others_end(tmp_path: Path, victim: str) -> No
     assert time.monotonic() - started < 60
     if victim == "other":
         assert first.returncode == 1
-        assert "process 1 of 2 ended unexpectedly (signal SIGKILL); the others were ended" in text
+        name = f"the process of rank 1 (of 2 processes; host {socket.gethostname()}, pid {other})"
+        assert f"{name} ended unexpectedly (signal SIGKILL); the others were ended" in text
         assert f"python -m spg.train resume={folder}" in text
         assert "Traceback" not in text
-        assert read_status(folder)["state"] == "failed"
     else:
-        assert "the first process of this run is gone" in text
+        assert f"the process of rank 0 (of 2 processes; host {socket.gethostname()}, pid {first.pid})" in text
+        assert f"ended unexpectedly; go on with: python -m spg.train resume={folder}" in text
+    assert read_status(folder)["state"] == "failed", "who is left writes it"
     assert torch.load(folder / "checkpoints/last.ckpt")["spg"]["updates"] >= 4, "whole"
 
 

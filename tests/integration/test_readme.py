@@ -52,7 +52,17 @@ def test_every_method_and_model_is_in_its_table() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [*MAKES, "make help", "make lint", "make docs", "make format", "make test-all", "make clean"]
+    "line",
+    [
+        *MAKES,
+        "make help",
+        "make lint",
+        "make docs",
+        "make format",
+        "make fake",
+        "make test-all",
+        "make clean",
+    ],
 )
 def test_make_targets_exist(line: str) -> None:
     done = subprocess.run([*line.split(), "-n"], capture_output=True, text=True, cwd=ROOT, check=False)

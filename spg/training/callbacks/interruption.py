@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from spg.core import link
 from spg.core.errors import Interrupted
 from spg.training.module import Training
 
@@ -51,6 +52,9 @@ class Interruption(pl.Callback):
         if self.asked:
             raise Interrupted("stopped at once")
         self.asked = True
+        connection = link.current()
+        if connection is not None:
+            connection.hurry()
         log.info("Stopping when this rollout's updates are done; press Ctrl-C again to stop at once")
 
     def on_train_batch_end(
