@@ -38,6 +38,7 @@ PRODUCTS: dict[str, Callable[[Sequence[Any], Sequence[Tensor]], int]] = {
     "mm": _mm,
     "bmm": _mm,
     "addmm": _addmm,
+    "addmm_": _addmm,
     "baddbmm": _addmm,
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
