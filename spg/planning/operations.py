@@ -46,7 +46,7 @@ PRODUCTS: dict[str, Callable[[Sequence[Any], Sequence[Tensor]], int]] = {
 
 # they make a tensor or say something about one, and compute nothing
 IDLE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense"}
-IDLE |= {"detach", "is_same_size", "_has_compatible_shallow_copy_type", "_fused_sdp_choice"}
+IDLE |= {"detach", "_unsafe_view", "is_same_size", "_has_compatible_shallow_copy_type", "_fused_sdp_choice"}
 
 
 @cache
