@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
 
 from spg.config.checks import check, check_files, check_launcher
 from spg.config.composition import (
@@ -126,11 +127,32 @@ def _title(name: str, overrides: Sequence[Override], from_file: bool) -> str:
 
 def sweep_folder(primary: str, plan: Plan) -> Path:
     """Return the directory of a plan's multirun; the environment must hold the name that it is made of."""
+    return Path(str(_compose_hydra(primary, plan).sweep.dir))
+
+
+def check_folder_is_fixed(primary: str, plan: Plan) -> None:
+    """Refuse a run whose directory is named after the time: the same command would not find it again.
+
+    Raises:
+        ConfigError: if the directory is a new one each time.
+    """
+    folder = OmegaConf.to_container(_compose_hydra(primary, plan).run, resolve=False)
+    assert isinstance(folder, dict)
+    if "${now:" in str(folder["dir"]):
+        raise ConfigError(
+            "resume=auto needs a directory that the same command finds again, and this one would be named "
+            "after the time; add hydra.run.dir=<run dir>"
+        )
+
+
+def _compose_hydra(primary: str, plan: Plan) -> DictConfig:
+    """Return Hydra's own settings for a plan."""
     args = get_args_parser().parse_args(list(plan.arguments))
     with open_hydra(plan.own):
         lines = [o.input_line or "" for o in parse_overrides(args.overrides) if is_hydra(o)]
         cfg = compose_open((args.config_name or primary).removesuffix(".yaml"), lines, with_hydra=True)
-    return Path(str(cfg.hydra.sweep.dir))
+    settings: DictConfig = cfg.hydra
+    return settings
 
 
 def _one_at_a_time(overrides: Sequence[Override], multirun: bool) -> Iterator[list[str]]:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from spg import config
 from spg.core.errors import InputError, Interrupted, RunError
 from spg.models import hub
-from spg.runs.directory import read_config, write_config
+from spg.runs.directory import find_config
 from spg.runs.identity import OtherRunError, check_same, identity
 from spg.runs.lifecycle import Run, Train, begin, work
 from spg.runs.status import InUseError, lock, read_status, write_status
@@ -42,18 +42,17 @@ def train_job(
     def do() -> bool:
         config.check(cfg)
         own = hub.settle(cfg)
-        fresh = not (folder / "config.yaml").exists()
-        if fresh:
+        if not (folder / "config.yaml").exists():
             begin(own, folder, overrides)
-        before = read_config(folder)
+        before = find_config(folder) or own  # a file that can't be read is written again when the run goes on
         config.check_complete(before, folder / "config.yaml")
         check_same(identity(before), identity(own), folder)
         finished = _is_finished(folder)
         if finished and own.trainer.max_updates <= before.trainer.max_updates:
             log.info("Finished already: %s", folder)
+            if read_status(folder).get("overrides") != dict(values):  # status.json was lost
+                write_status(folder, overrides=dict(values))
             return False
-        if not fresh:
-            write_config(own, folder)
         write_status(folder, overrides=dict(values))
         return work(Run(own, folder, group=folder.parent.name), train)
 
