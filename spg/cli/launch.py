@@ -14,10 +14,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from spg.cli import processes
+from spg.cli.job_function import JobFunction
 from spg.cli.sweep import check_writable, sweep
 from spg.config import (
     CONF_DIR,
     ConfigError,
+    check_folder_is_fixed,
     group_choices,
     preflight,
     quote_paths,
@@ -27,6 +29,7 @@ from spg.config import (
 )
 from spg.core.errors import InputError, Interrupted, RunError
 from spg.core.files import DISK_FULL
+from spg.core.process import place
 from spg.reports.tables import show_jobs
 from spg.runs.multirun import write_runs
 
@@ -43,7 +46,8 @@ def run(
 ) -> None:
     """Check the command line of this process, then do what it asks for.
 
-    The process ends with 2 after a mistake of the user, 1 after a failure, 130 after an interruption.
+    The process ends with 2 after a mistake of the user, 1 after a failure, 130 after an interruption, which
+    is 0 if torchrun has started it.
 
     Args:
         primary: Name of the primary configuration.
@@ -70,18 +74,23 @@ def _explain_errors() -> Iterator[None]:
     except RunError as error:
         _end(str(error), 1)
     except (Interrupted, KeyboardInterrupt) as stop:
-        _end(str(stop) or "stopped", 130)
+        # torchrun would take any other code for a failure, and start the run again
+        _end(str(stop) or "stopped", 0 if place().launcher == "torchrun" else 130)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        _end(f"{error}: make room, then go on with resume=<run dir>", 1)
+        _end(f"{error}: make room, then start again (a run that has begun goes on with resume=<run dir>)", 1)
 
 
 def _run(primary: str, job: Job, resume: Resume | None, report: Callable[[Path], Any]) -> None:
     argv = _put_multirun_first(quote_paths(group_choices(sys.argv[1:])))
+    whole = argv
     paths = [unquote(line.removeprefix("resume=")) for line in argv if line.startswith("resume=")]
-    if resume is not None and paths and not {"--help", "-h"} & set(argv):
-        others = [line for line in argv if not line.startswith("resume=")]
+    others = [line for line in argv if not line.startswith("resume=")]
+    auto = primary == "config" and paths[-1:] == ["auto"]
+    if auto:
+        argv = others
+    elif resume is not None and paths and not {"--help", "-h"} & set(argv):
         flags = [line for line in others if line.startswith("-")]
         if flags:
             raise ConfigError(f"{flags[0]} can't be given together with resume=...; leave it out")
@@ -97,16 +106,12 @@ def _run(primary: str, job: Job, resume: Resume | None, report: Callable[[Path],
     if plan.help:
         show_help(primary, plan.own)
         return
-    sys.argv[1:] = plan.arguments
-    failures: list[Exception] = []
-
-    def catch(cfg: DictConfig) -> None:
-        try:
-            job(cfg)
-        except (InputError, RunError, OSError) as error:  # Hydra would print a line of its own before it
-            failures.append(error)
-
-    app = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=primary)(catch)
+    auto = auto and not plan.multirun  # jobs of a multirun go on in any case
+    if auto:
+        check_folder_is_fixed(primary, plan)
+    sys.argv[1:] = whole if auto else plan.arguments
+    function = JobFunction(job)
+    app = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=primary)(function)
     if plan.multirun:
         processes.refuse_several("a multirun")
     if plan.multirun and resume is not None:  # the jobs of other commands leave no directories to go on with
@@ -114,8 +119,8 @@ def _run(primary: str, job: Job, resume: Resume | None, report: Callable[[Path],
     else:
         with check_writable("hydra.run.dir"):
             app()
-    if failures:
-        raise failures[0]
+    if function.failures:
+        raise function.failures[0]
 
 
 def _put_multirun_first(argv: Sequence[str]) -> list[str]:

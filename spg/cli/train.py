@@ -35,12 +35,19 @@ def job(cfg: DictConfig) -> None:
         train_job(cfg, folder, overrides, swept_values(cfg), train)
     else:
         config.check(cfg)
-        start(cfg, folder, overrides)
+        begin = start_or_resume if cfg.resume == "auto" else start
+        cfg.resume = None  # of the command, and no setting of the run
+        begin(cfg, folder, overrides)
 
 
 def start(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> None:
     """Start a run in `folder`; `overrides` is what the command line gave."""
     lifecycle.start(cfg, folder, overrides, train)
+
+
+def start_or_resume(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> None:
+    """Start a run in `folder`, or go on with the one that is there, or leave it if it is finished."""
+    lifecycle.start_or_resume(cfg, folder, overrides, train)
 
 
 def resume(path: str, overrides: Sequence[str] = ()) -> None:
@@ -63,22 +70,23 @@ def train(run: Run) -> bool:
     from spg.training.failures import explain_failures
     from spg.training.launching import Processes, prepare_process
     from spg.training.pretraining import ensure_base_weights
-    from spg.training.resumption import latest_checkpoint, read_start
+    from spg.training.resumption import find_checkpoint, read_start
     from spg.training.run import fit
     from spg.training.settings import TrainerSettings
 
     settings = TrainerSettings.of(cfg.trainer)
     prepare_process(settings.threads)
-    checkpoint = run.checkpoint or latest_checkpoint(folder / "checkpoints")
     log.info("Run: %s", folder)
 
-    arguments = [f"resume={(checkpoint or folder).absolute()}", *run.changes]
-    others = Processes(run, arguments, settings.nodes * settings.devices)
+    others = Processes(run, [], settings.nodes * settings.devices)
     with explain_failures(cfg, folder):
         check_device(cfg)
         task = load_task(cfg)  # if data are missing, no base weights need to be made
         if rank() == 0 and cfg.model.weights == "base":
             ensure_base_weights(cfg)  # made once, and not by each process
+        # another process gets the one that the first has found
+        checkpoint = run.checkpoint if rank() > 0 else find_checkpoint(run.checkpoint, folder / "checkpoints")
+        others.arguments = [f"resume={(checkpoint or folder).absolute()}", *run.changes]
         with others:
             start = read_start(checkpoint)
             return fit(build_module(cfg, task), run, settings, start)

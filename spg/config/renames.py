@@ -49,6 +49,8 @@ ADDED: dict[str, str] = {
     "decoding.factor": "None",
     "decoding.cfg_scale": "0.0",
     "trainer.nodes": "1",
+    "trainer.checkpoint_format": "whole",
+    "trainer.requeue": "False",
 }
 
 

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from spg.core.combinations import check_commit_rule
+from spg.core.devices import send
 from spg.core.rules import Count, NotNegative, Positive, Probability, checked
 from spg.core.seeding import Streams
 from spg.core.types import Prompts, Rollout
+from spg.models.choice import Measure, distinct_rows
 from spg.models.guidance import Guidance
 from spg.models.network import Cache
-from spg.models.policy import Measure, Policy, distinct_rows
+from spg.models.policy import Policy
 from spg.rollout.schedule import ConfidenceRule, FixedCounts, Schedule, WhileOpen
 
 # by its name in the configuration: the measure that orders the positions, the highest first
@@ -172,8 +174,9 @@ class Decoder:
             slice(start, min(start + self.block_size, self.gen_length))
             for start in range(0, self.gen_length, self.block_size)
         ]
-        state = _State.of_prompts(prompts, policy.mask_id)
-        schedule = self._schedule(state, blocks)
+        holes, padded = _counts(prompts, blocks)
+        state = _State.of_prompts(prompts, policy.mask_id, padded)
+        schedule = self._schedule(holes, state, blocks)
         tokens_noise, order_noise = self._noise(streams, len(blocks) * schedule.steps)
         cache = None if self.cache == "none" else Cache()
         active = list(range(batch))
@@ -211,8 +214,7 @@ class Decoder:
                     break
         return state.rollout(policy, prompts)
 
-    def _schedule(self, state: _State, blocks: Sequence[slice]) -> Schedule:
-        holes = torch.stack([state.open[:, block].sum(-1) for block in blocks], dim=1)
+    def _schedule(self, holes: Tensor, state: _State, blocks: Sequence[slice]) -> Schedule:
         if self.rule is not None:
             return WhileOpen(holes, state.open, blocks)
         return FixedCounts(holes, max(1, self.steps // len(blocks)))
@@ -324,11 +326,11 @@ class _State:
     near_ties: Tensor  # [B]
 
     @classmethod
-    def of_prompts(cls, prompts: Prompts, mask_id: int) -> _State:
-        """Return the state before the first step."""
+    def of_prompts(cls, prompts: Prompts, mask_id: int, padded: bool) -> _State:
+        """Return the state before the first step; `padded` says whether any prompt has padding."""
         completion = prompts.template.masked_fill(~prompts.given, mask_id)
         mask = None
-        if not bool(prompts.mask.all()):
+        if padded:
             mask = torch.cat([prompts.mask, torch.ones_like(prompts.given)], dim=-1)
         return cls(
             tokens=torch.cat([prompts.ids, completion], dim=-1),
@@ -354,9 +356,19 @@ class _State:
             commit_step=self.commit_step,
             commit_logps=self.commit_logps,
             near_ties=self.near_ties,
-            texts=tuple(policy.text(row) for row in completion),
+            texts=policy.texts(completion),
             examples=prompts.examples,
         )
+
+
+def _counts(prompts: Prompts, blocks: Sequence[slice]) -> tuple[Tensor, bool]:
+    """Return the holes of each block [B blocks], on the CPU, and whether any prompt has padding.
+
+    The device is waited for once.
+    """
+    holes = [(~prompts.given[:, block]).sum(-1) for block in blocks]
+    counts = torch.stack([*holes, (~prompts.mask).sum(-1)], dim=1).cpu()
+    return counts[:, :-1], bool(counts[:, -1].any())
 
 
 class _Rows:
@@ -378,8 +390,5 @@ class _Rows:
             whole[self._index] = values
 
     def tensor(self, numbers: Sequence[Any]) -> Tensor:
-        """Return numbers as a tensor on the device; a copy from pinned memory does not wait."""
-        tensor = torch.tensor(numbers)
-        return (
-            tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
-        )
+        """Return numbers as a tensor on the device."""
+        return send(torch.tensor(numbers), self.device)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spg.core import link
 from spg.core.commands import command_line
-from spg.core.errors import Interrupted, RunError, exit_code
+from spg.core.errors import Interrupted, RunError
 from spg.core.process import place, rank
 from spg.training.nonfinite import NonFiniteError
 
@@ -38,8 +38,8 @@ def explain_failures(cfg: DictConfig, folder: Path) -> Iterator[None]:
     try:
         yield
     except (NonFiniteError, Interrupted) as error:
-        if rank() > 0:
-            raise SystemExit(exit_code(error)) from error
+        if rank() > 0:  # a launcher ends all processes of a run if one of them ends with an error
+            raise SystemExit(0 if isinstance(error, Interrupted) else 1) from error
         if isinstance(error, Interrupted):
             raise Interrupted(f"{error}; go on with: {again}") from error
         raise RunError(f"{error}\nNothing was saved after it{_save(error, cfg, folder)}") from error

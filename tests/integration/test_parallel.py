@@ -205,7 +205,38 @@ def test_shares_of_an_evaluation_cover_each_item_once(processes: int) -> None:
     assert joined.measures["accuracy"].tolist() == whole.measures["accuracy"].tolist()
 
 
-def test_a_run_of_one_process_is_not_resumed_by_two(tmp_path: Path) -> None:
+def test_a_run_that_another_number_of_processes_resumes_shares_its_prompts_out(tmp_path: Path) -> None:
     folder = train_here(tmp_path / "run", "trainer.max_updates=4", "task.eval_size=4")
-    with pytest.raises(ConfigError, match=r"trainer\.devices=2: a run goes on with its own settings"):
+    with pytest.raises(ConfigError, match=r"prompts_per_rollout=16 can't be shared out .* multiple of 3"):
+        resume(str(folder), ["trainer.devices=3", "trainer.strategy=ddp", "trainer.max_updates=8"])
+    with pytest.raises(ConfigError, match=r"trainer\.devices=2 needs .*trainer\.strategy=ddp with resume"):
         resume(str(folder), ["trainer.devices=2", "trainer.max_updates=8"])
+    assert read_status(folder)["state"] == "finished"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("ddp", 2), ("auto", 1)),
+        (("auto", 1), ("ddp", 2)),
+        (("ddp", 2), ("ddp", 3)),
+        (("ddp", 2), ("fsdp", 2)),
+        (("fsdp", 2), ("auto", 1)),
+        (("fsdp", 2), ("ddp", 3)),
+    ],
+)
+def test_another_number_of_processes_goes_on_with_the_same_update(
+    tmp_path: Path, before: tuple[str, int], after: tuple[str, int]
+) -> None:
+    """A run that is resumed by more or fewer processes equals one of one process, up to rounding."""
+    lines = [*QUICK, *SMALL, "trainer.prompts_per_rollout=6", "trainer.accelerator=cpu"]
+    folder = tmp_path / "several"
+    first, second = ([f"trainer.strategy={name}", f"trainer.devices={n}"] for name, n in (before, after))
+    run("train", *lines, *first, "trainer.max_updates=2", folder=folder)
+    text = run("train", f"resume={folder}", "trainer.max_updates=4", *second)
+    assert "Going on after update 2" in text
+    words = f"{after[1]} processes go on with the work of {before[1]}: rounding changes"
+    assert (words in text) == (before[1] != after[1])
+    train_here(tmp_path / "one", *lines)
+    close(tmp_path / "one", folder)

@@ -341,7 +341,7 @@ def test_a_rollout_s_metrics_say_what_it_saved() -> None:
     assert rollout.steps_taken.tolist() == [2, 4, 1]
     experience = Experience(rollout, torch.ones(3), {"all": torch.ones(3)}, torch.zeros(3))
     found, plain = (
-        rollout_metrics(experience, CollectionStats(1.0, 1.0, 11, None, taken), 3, 0, World())
+        rollout_metrics(experience, CollectionStats(1.0, 1.0, torch.tensor(11), None, taken), 3, 0, World())
         for taken in (rollout.steps_taken, None)
     )
     assert found.keys() - plain.keys() == {"sampling/steps", "sampling/tokens_per_step"}
