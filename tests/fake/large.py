@@ -48,8 +48,7 @@ def step(made: Policy, rows: int, *, padded: bool) -> Counts:
     ids, mask = tokens(rows), padding(rows) if padded else None
     columns = torch.zeros(rows, BLOCK, dtype=torch.long, device="cuda")
     noise = torch.zeros(rows, BLOCK, dtype=torch.double, device="cuda")
-    made.eval()
-    with counting() as counts:
+    with made.decoding(), counting() as counts:
         chosen, sure = made.propose(ids, mask, columns, 0.9, noise, shared=False)
     assert chosen.shape == sure.shape == (rows, BLOCK)
     return counts

@@ -98,7 +98,7 @@ def test_a_method_learns_in_bfloat16(method: str, adapter: str) -> None:
 
 @pytest.mark.parametrize(("size", "method"), [(1, "spg"), (3, "spg"), (4, "vrpo")])
 def test_pieces_add_no_wait(size: int, method: str) -> None:
-    """With dropout, so that the second pass needs the random state of the first; layers are computed again."""
+    """With dropout, so that a second pass needs the random state of the first; layers are computed twice."""
     lines = [
         f"algorithm={method}",
         "num_mc=2",
