@@ -56,16 +56,14 @@ class Positions:
 
 
 class Slot:
-    """Keys and values of one layer, [N H L d]; see `Cache`."""
+    """Keys and values of one layer, [N H L d]; see `Cache`. A compiled layer calls it within its program."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.start = 0  # first position of the current pass
 
-    # not traced by torch.compile, which would compile each layer again for its own keys and values
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values [N H W d] of the current pass; return those of all L positions."""
         if self.keys is None or self.values is None:
             self.keys, self.values = keys, values
@@ -163,7 +161,7 @@ class Network(nn.Module):
         rotary = (cos[start:stop], sin[start:stop])
         visible = None if attention_mask is None else attention_mask[:, None, None, :]
         for number, layer in enumerate(self.layers):
-            store = None if cache is None else cache.slot(number, start).store
+            store = None if cache is None else cache.slot(number, start)
             wanted = at if number == len(self.layers) - 1 else None
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rotary, visible, wanted, store, use_reentrant=False)
@@ -248,6 +246,18 @@ class Network(nn.Module):
         return token_logps(hidden, weight, targets)
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Let torch compile the layers at their first use, one program for all sizes of a kind of pass."""
+        """Let torch compile the layers at their first use, one program for all sizes of a kind of pass.
+
+        Kinds are passes with gradients or without, with padding or without, that fill a cache, use one or
+        have none, in the last layer or before it, of one row or several, at one position of a row or several.
+        Settings of torch that hold for the whole process change.
+        """
+        from torch._dynamo import config as compiler  # takes a second
+        from torch.fx.experimental import _config as shapes
+
+        # numbers of rows and of positions that are equal by chance are not the same number
+        shapes.use_duck_shape = False
+        # beyond this many programs torch would compute without compiling, and 8 are fewer than the kinds
+        compiler.recompile_limit = max(compiler.recompile_limit, 64)
         for layer in self.layers:
             layer.compile(dynamic=True, backend=backend)
