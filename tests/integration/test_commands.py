@@ -181,7 +181,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shortened(words: list[str], module: str, folder: Path) -> list[str]:
     """Return overrides that make a command short and keep what it writes in `folder`."""
-    if "--help" in words or any(word.startswith("resume=") for word in words):
+    if "--help" in words or any(word.startswith("resume=") and word != "resume=auto" for word in words):
         return []
     if module in ("export", "figures"):
         return [] if any(word.startswith("page=") for word in words) else [f"output={folder}"]
