@@ -135,7 +135,8 @@ def test_if_joblib_s_parent_is_killed_no_queued_job_starts_and_running_ones_save
         states = [read_status(folder / f"seed-{seed}").get("state") for seed in (1, 2)]
         time.sleep(0.2)
     time.sleep(5.0)
-    assert sorted(path.name for path in folder.glob("seed-*")) == ["seed-1", "seed-2"]
+    started = sorted(path.parent.name for path in folder.glob("seed-*/status.json"))
+    assert started == ["seed-1", "seed-2"], "Hydra makes the folder of a job that does not start"
     assert not (folder / STOPPING).exists(), "the same command goes on at once"
     for seed in (1, 2):
         logged = max(int(row["update"]) for row in read_csv(folder / f"seed-{seed}" / "metrics.csv"))
