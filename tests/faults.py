@@ -22,9 +22,9 @@ Patch = Callable[[Any, str, Any], None]
 
 def killed_while_saving(number: str, patch: Patch = setattr) -> None:
     """Die by SIGKILL when half of checkpoint file number `number`, from 1, has been written."""
-    from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+    from spg.training.checkpoint_files import SummedFiles
 
-    original, calls = TorchCheckpointIO.save_checkpoint, []
+    original, calls = SummedFiles.save_checkpoint, []
 
     def save(self: Any, checkpoint: Any, path: Any, *rest: Any, **more: Any) -> None:
         calls.append(path)
@@ -33,7 +33,70 @@ def killed_while_saving(number: str, patch: Patch = setattr) -> None:
             os.truncate(path, Path(path).stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    patch(TorchCheckpointIO, "save_checkpoint", save)
+    patch(SummedFiles, "save_checkpoint", save)
+
+
+def killed_while_writing_slices(moment: str, patch: Patch = setattr) -> None:
+    """Die by SIGKILL in writing number `<number>` of a checkpoint in slices, from 1, at a moment of it.
+
+    Args:
+        moment: `<number>-<moment>`. The moments are begun (half of this process's file), written (its whole
+            file), described (the folder), named (by a file with a temporary name), replaced (the older file)
+            and removing (the older folder, one file of it).
+        patch: Replaces an attribute.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    from spg.training.callbacks import checkpoints
+
+    number, _, word = moment.partition("-")
+    begun: list[int] = []
+
+    def die(reached: str) -> None:
+        if reached == word and len(begun) == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    write, finish, replace, remove = (
+        FileSystemWriter.write_data,
+        FileSystemWriter.finish,
+        os.replace,
+        checkpoints.remove_unnamed,
+    )
+
+    def write_data(self: Any, *rest: Any) -> Any:
+        begun.append(1)
+        result = write(self, *rest)
+        if word == "begun" and len(begun) == int(number):
+            (own,) = Path(self.path).glob("__0_*")
+            os.truncate(own, own.stat().st_size // 2)
+        die("begun")
+        die("written")
+        return result
+
+    def finish_writing(self: Any, *rest: Any, **more: Any) -> None:
+        finish(self, *rest, **more)
+        die("described")
+
+    def replace_file(source: Any, target: Any) -> None:
+        if str(target).endswith(".ckpt"):
+            die("named")
+        replace(source, target)
+        if str(target).endswith(".ckpt"):
+            die("replaced")
+
+    def remove_folders(folder: Path) -> None:
+        if word == "removing" and len(begun) == int(number):
+            named = {torch.load(path)["slices"] for path in folder.glob("*.ckpt")}
+            for path in folder.glob("*.slices"):
+                if path.name not in named:
+                    (path / "__0_0.distcp").unlink()
+                    die("removing")
+        remove(folder)
+
+    patch(FileSystemWriter, "write_data", write_data)
+    patch(FileSystemWriter, "finish", finish_writing)
+    patch(os, "replace", replace_file)
+    patch(checkpoints, "remove_unnamed", remove_folders)
 
 
 def full_disk(kilobytes: str, patch: Patch = setattr) -> None:
@@ -112,14 +175,21 @@ def gradient_is_nan(update: str, patch: Patch = setattr) -> None:
 
 def interrupted(update: str, patch: Patch = setattr) -> None:
     """Press Ctrl-C while the metrics of update number `update` are logged."""
+    signalled(f"INT@{update}", patch)
+
+
+def signalled(value: str, patch: Patch = setattr) -> None:
+    """Send this process signals while the metrics of an update are logged: `USR1@4`, `USR1,TERM@4`."""
     from spg.training.module import Training
 
     original = Training.record
+    names, update = value.split("@")
 
     def record(self: Any, metrics: dict[str, float], at: int) -> None:
         original(self, metrics, at)
         if at == int(update) and "loss" in metrics:
-            os.kill(os.getpid(), signal.SIGINT)
+            for name in names.split(","):
+                os.kill(os.getpid(), signal.Signals[f"SIG{name}"])
 
     patch(Training, "record", record)
 

@@ -31,6 +31,9 @@ from spg.runs.status import lock, read_status, record_failure, write_status
 
 log = logging.getLogger(__name__)
 
+# signals that end an evaluation; what was completed is saved
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 def job(cfg: DictConfig) -> None:
     """Evaluate as configured and leave a folder with config.yaml, generations.jsonl and results.json."""
@@ -119,7 +122,7 @@ def _same_files(made_with: dict[str, Any], cfg: DictConfig, folder: Path) -> Non
 
 
 def _work(cfg: DictConfig, folder: Path) -> None:
-    """Evaluate, and write to the folder's status how it ended; Ctrl-C and SIGTERM say how to go on."""
+    """Evaluate, and write to the folder's status how it ended; signals that stop it say how to go on."""
     again = command_line("evaluate", f"resume={folder}")
     write_status(folder, state="running", error=None)
     with (
@@ -137,14 +140,14 @@ def _work(cfg: DictConfig, folder: Path) -> None:
 
 @contextmanager
 def _stop_at_signals(words: str) -> Iterator[None]:
-    """Raise Interrupted with `words` at Ctrl-C and SIGTERM, if this thread may handle signals."""
+    """Raise Interrupted with `words` at Ctrl-C, SIGTERM and SIGUSR1, if this thread may handle signals."""
 
     def stop(number: int, frame: Any) -> None:
         raise Interrupted(words)
 
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, stop) for number in STOPS}
     try:
         yield
     finally:

@@ -7,20 +7,29 @@ import logging
 import os
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from spg.cli.job_names import SWEPT, job_name
-from spg.config import ConfigError, Plan, sweep_folder
+from spg.config import ConfigError, Plan, quote, sweep_folder
 from spg.core.console import take_over_logging
 from spg.core.errors import Interrupted, RunError
 from spg.core.files import DISK_FULL, write_json
-from spg.runs.jobs import LEFT_ALONE, STOPPING
+from spg.runs.jobs import LEFT_ALONE
 from spg.runs.status import read_status
+from spg.runs.watching import STOPPING, note_parent
 
 log = logging.getLogger(__name__)
+
+# said before submitit starts the jobs
+WHERE = (
+    "The jobs write their output to {folder}/.submitit. Ctrl-C lets running jobs save and stop, and no other "
+    "starts. The jobs do not need this process: if it ends, they go on, and the same command makes the table "
+    "later."
+)
 
 
 def sweep(
@@ -46,6 +55,7 @@ def sweep(
     """
     os.environ["SPG_SWEEP"] = plan.name
     os.environ[SWEPT] = json.dumps(plan.swept)
+    note_parent()
     folder = sweep_folder(primary, plan)
     with check_writable("hydra.sweep.dir"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,6 +63,11 @@ def sweep(
     command = shlex.join(["python", "-m", f"spg.{module}", *argv])
     record = {"name": plan.name, "command": command, "swept": list(plan.swept)}
     _open(folder, record)
+    if plan.elsewhere:
+        take_over_logging()
+        log.warning(WHERE.format(folder=folder))
+        # a node may have another working directory
+        sys.argv.append(f"hydra.sweep.dir={quote(str(folder.absolute()))}")
     stopping, alone = folder / STOPPING, folder / LEFT_ALONE
     failure: Exception | None = None
     try:
@@ -95,11 +110,15 @@ def _check_done(folder: Path, plan: Plan, command: str, failure: Exception | Non
             f"runs; {alone} says which"
         )
     if stopping.exists():
-        stopping.unlink()
+        if not plan.elsewhere:  # else jobs in a queue look for it later
+            stopping.unlink()
         raise Interrupted(f"stopped; the multirun goes on with the same command: {command}")
     if failure is not None:
+        text = (str(failure) or type(failure).__name__).splitlines()[0]
+        when = " when its other jobs have ended" if plan.elsewhere else ""
         raise RunError(
-            f"the launcher ended early ({failure!r}); the same command again does what is left: {command}"
+            f"the launcher ended early ({type(failure).__name__}: {text}); the same command again{when} does "
+            f"what is left: {command}"
         ) from failure
     names = {job_name(values) for values in plan.jobs}
     left = [name for name in names if read_status(folder / name).get("state") != "finished"]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Sequence
@@ -17,12 +18,10 @@ from omegaconf import DictConfig
 from spg import config
 from spg.cli import launch
 from spg.cli.job_names import swept_values
-from spg.core.commands import command_line
 from spg.core.process import rank
 from spg.runs import lifecycle
 from spg.runs.jobs import train_job
 from spg.runs.lifecycle import Run
-from spg.runs.status import write_status
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +35,19 @@ def job(cfg: DictConfig) -> None:
         train_job(cfg, folder, overrides, swept_values(cfg), train)
     else:
         config.check(cfg)
-        start(cfg, folder, overrides)
+        begin = start_or_resume if cfg.resume == "auto" else start
+        cfg.resume = None  # of the command, and no setting of the run
+        begin(cfg, folder, overrides)
 
 
 def start(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> None:
     """Start a run in `folder`; `overrides` is what the command line gave."""
     lifecycle.start(cfg, folder, overrides, train)
+
+
+def start_or_resume(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> None:
+    """Start a run in `folder`, or go on with the one that is there, or leave it if it is finished."""
+    lifecycle.start_or_resume(cfg, folder, overrides, train)
 
 
 def resume(path: str, overrides: Sequence[str] = ()) -> None:
@@ -56,7 +62,7 @@ def train(run: Run) -> bool:
         Whether the user asked to stop when nothing was left to stop.
     """
     cfg, folder = run.cfg, run.folder
-    if cfg.trainer.devices > 1 or run.group is not None:
+    if cfg.trainer.devices * cfg.trainer.get("nodes", 1) > 1 or run.group is not None:
         # threads that wait spinning are fast alone, and starve those of other processes on the same cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from spg.models.factory import check_device
@@ -64,30 +70,28 @@ def train(run: Run) -> bool:
     from spg.training.failures import explain_failures
     from spg.training.launching import Processes, prepare_process
     from spg.training.pretraining import ensure_base_weights
-    from spg.training.resumption import latest_checkpoint, read_start
+    from spg.training.resumption import find_checkpoint, read_start
     from spg.training.run import fit
     from spg.training.settings import TrainerSettings
 
     settings = TrainerSettings.of(cfg.trainer)
     prepare_process(settings.threads)
-    checkpoint = run.checkpoint or latest_checkpoint(folder / "checkpoints")
     log.info("Run: %s", folder)
 
-    def abort(text: str) -> None:
-        write_status(folder, state="failed", error=text)
-        os.write(2, f"{text}; go on with: {command_line('train', f'resume={folder}')}\n".encode())
-        os._exit(1)
-
+    others = Processes(run, [], settings.nodes * settings.devices)
     with explain_failures(cfg, folder):
         check_device(cfg)
         task = load_task(cfg)  # if data are missing, no base weights need to be made
         if rank() == 0 and cfg.model.weights == "base":
             ensure_base_weights(cfg)  # made once, and not by each process
-        with Processes([f"resume={checkpoint or folder}", *run.changes], settings.devices, abort):
+        # another process gets the one that the first has found
+        checkpoint = run.checkpoint if rank() > 0 else find_checkpoint(run.checkpoint, folder / "checkpoints")
+        others.arguments = [f"resume={(checkpoint or folder).absolute()}", *run.changes]
+        with others:
             start = read_start(checkpoint)
             return fit(build_module(cfg, task), run, settings, start)
 
 
 def main() -> None:
     """Run the command."""
-    launch.run("config", job, resume)
+    launch.run("config", job, resume, prepare=lambda: importlib.import_module("spg.training.run"))

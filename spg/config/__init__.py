@@ -18,8 +18,8 @@ from spg.config.instances import build
 from spg.config.knobs import decoding_notes, notes, unread_knobs, unread_steps
 from spg.config.names import is_known, keys, nearest
 from spg.config.options import CONF_DIR, group_choices, groups
-from spg.config.paths import quote_paths, unquote
-from spg.config.plan import Plan, preflight, sweep_folder
+from spg.config.paths import quote, quote_paths, unquote
+from spg.config.plan import Plan, check_folder_is_fixed, preflight, sweep_folder
 from spg.config.renames import current_path, update_paths
 from spg.config.saved import check_complete, load_saved, make_paths_absolute, shipped_option, task_of_run
 from spg.config.values import rules
@@ -31,6 +31,7 @@ __all__ = [
     "build",
     "check",
     "check_complete",
+    "check_folder_is_fixed",
     "check_launcher",
     "check_model",
     "check_samples",
@@ -47,6 +48,7 @@ __all__ = [
     "nearest",
     "notes",
     "preflight",
+    "quote",
     "quote_paths",
     "rules",
     "shipped_option",

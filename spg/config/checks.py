@@ -126,7 +126,12 @@ def check_trainer(cfg: DictConfig) -> None:
             f"{given} processes; give a multiple of {count}"
         )
     if count > 1 and trainer.strategy == "auto":
-        raise ConfigError(f"{given} needs trainer=ddp")
+        raise ConfigError(f"{given} needs trainer=ddp (trainer.strategy=ddp with resume=...)")
+    if trainer.get("checkpoint_format") == "sharded" and trainer.strategy != "fsdp":
+        raise ConfigError(
+            "trainer.checkpoint_format=sharded is for weights in slices, and trainer.strategy="
+            f"{trainer.strategy} has none; give trainer=fsdp, or trainer.checkpoint_format=whole"
+        )
     if trainer.strategy == "fsdp" and cfg.model.get("lora") is not None:
         raise ConfigError(
             "trainer=fsdp shares out the weights that are trained, and an adapter trains few: give "

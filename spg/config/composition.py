@@ -68,8 +68,10 @@ def compose_open(primary: str, lines: Sequence[str], with_hydra: bool = False) -
     """Compose inside `open_hydra`; raises ConfigError."""
     try:
         return _compose(_stamp(), primary, tuple(lines), with_hydra).copy()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    except (HydraException, OmegaConfBaseException, AssertionError) as error:
+        cause = error.__cause__  # says why a value can't be merged
+        text = str(error) if cause is None else f"{error}: {str(cause).partition(chr(10))[0]}"
+        raise ConfigError(" ".join(text.split())) from error
 
 
 @lru_cache(maxsize=64)
@@ -135,19 +137,20 @@ def check_names(primary: str, overrides: Sequence[Override], own: Path | None = 
         _check_key(override, known, own)
 
 
-def _options(group: str) -> list[str]:
+def options_of(group: str) -> list[str]:
+    """Return the names of the options of a group, inside `open_hydra`."""
     return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
 
 
 def _is_group(override: Override) -> bool:
-    return bool(_options(override.key_or_group)) and not override.is_delete()
+    return bool(options_of(override.key_or_group)) and not override.is_delete()
 
 
 def _check_option(override: Override) -> None:
     group = override.key_or_group
     if not _is_group(override) or group.startswith("hydra"):
         return
-    options = _options(group)
+    options = options_of(group)
     chosen = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
     for value in chosen:
         name = "null" if value is None else str(value)
@@ -169,7 +172,7 @@ def _check_key(override: Override, known: DictConfig, own: Path | None) -> None:
         return
     if override.is_delete():
         raise ConfigError(f"{override.input_line}: {key!r} can't be removed; set it to another value")
-    if is_known(known, key) or _options(key):
+    if is_known(known, key) or options_of(key):
         return
     # a task's table of styles can be set, but is seldom what was meant
     allowed = [*(name for name in keys(known) if not name.startswith("styles.")), *groups(own)]

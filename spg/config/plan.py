@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from spg.config.checks import check, check_files, check_launcher
 from spg.config.composition import (
@@ -26,6 +26,13 @@ from spg.config.composition import (
     parse_overrides,
 )
 from spg.config.errors import ConfigError
+from spg.config.launchers import (
+    check_hydra_names,
+    check_submitit,
+    fill_in_submitit,
+    hydra_settings,
+    uses_submitit,
+)
 from spg.config.options import folder_of_user
 
 
@@ -34,13 +41,14 @@ class Plan:
     """What a command line asks for: help, one job, or a multirun.
 
     Attributes:
-        arguments: The command line.
+        arguments: The command line, with what follows from it for the launcher of a multirun.
         help: Whether it asks for help only.
         own: The user's folder of configuration files.
         multirun: Whether there may be several jobs.
         name: What the multirun's directory is named after.
         swept: Keys that the multirun varies.
         jobs: Their overrides for each job.
+        elsewhere: Whether submitit starts the jobs, in processes that need not be on this machine.
     """
 
     arguments: tuple[str, ...]
@@ -50,6 +58,7 @@ class Plan:
     name: str = ""
     swept: tuple[str, ...] = ()
     jobs: tuple[tuple[str, ...], ...] = ()
+    elsewhere: bool = False
 
 
 def preflight(primary: str, argv: Sequence[str]) -> Plan:
@@ -71,6 +80,7 @@ def preflight(primary: str, argv: Sequence[str]) -> Plan:
     name = (args.config_name or primary).removesuffix(".yaml")
     with open_hydra(own):
         overrides = parse_overrides(args.overrides)
+        check_hydra_names(name, overrides)
         check_names(name, overrides, own)
         sweeper = compose_open(name, [], with_hydra=True).hydra
         params = dict(sweeper.sweeper.params or {})
@@ -79,13 +89,18 @@ def preflight(primary: str, argv: Sequence[str]) -> Plan:
         # as Hydra does: the command line takes the place of what a sweep's file says
         every = [*parse_overrides([f"{k}={v}" for k, v in params.items() if k not in given]), *overrides]
         check_names(name, every, own)
+        settings = hydra_settings(name, [o for o in every if is_hydra(o)])
+        elsewhere = multirun and uses_submitit(settings)
+        configurations = []
         for lines in _one_at_a_time(every, multirun):
             cfg = compose_open(name, lines)
             check(cfg)
             check_files(cfg)
-            # other commands than training only read the settings; jobs of a cluster check them there
-            if primary == "config" and not (multirun and _starts_elsewhere(sweeper, every)):
+            if elsewhere:
+                check_submitit(settings, cfg)
+            elif primary == "config":  # other commands than training only read the settings
                 check_launcher(cfg)
+            configurations.append(cfg)
     # of several overrides of one key Hydra takes the last
     last = {key_as_written(o): o for o in every if not is_hydra(o)}
     values = {
@@ -95,7 +110,11 @@ def preflight(primary: str, argv: Sequence[str]) -> Plan:
     }
     title = _title(name if args.config_name else "_".join(values), overrides, bool(args.config_name))
     jobs = tuple(itertools.product(*values.values()))
-    return Plan(tuple(argv), False, own, multirun, title, tuple(values), jobs)
+    arguments = list(argv)
+    if elsewhere:
+        found = fill_in_submitit(settings, configurations, list(given), title)
+        arguments += [f"hydra.launcher.{key}={value}" for key, value in found.items()]
+    return Plan(tuple(arguments), False, own, multirun, title, tuple(values), jobs, elsewhere)
 
 
 def _title(name: str, overrides: Sequence[Override], from_file: bool) -> str:
@@ -106,19 +125,34 @@ def _title(name: str, overrides: Sequence[Override], from_file: bool) -> str:
     return re.sub(r"[^\w.-]", ".", title if from_file and not asked else f"{title}-{digest}")
 
 
-def _starts_elsewhere(settings: DictConfig, overrides: Sequence[Override]) -> bool:
-    """Return whether submitit starts the jobs of a multirun, each of which may have several nodes."""
-    names = [str(o.value()) for o in overrides if o.key_or_group == "hydra/launcher"]
-    return any("submitit" in name for name in names or [str(settings.launcher.get("_target_"))])
-
-
 def sweep_folder(primary: str, plan: Plan) -> Path:
     """Return the directory of a plan's multirun; the environment must hold the name that it is made of."""
+    return Path(str(_compose_hydra(primary, plan).sweep.dir))
+
+
+def check_folder_is_fixed(primary: str, plan: Plan) -> None:
+    """Refuse a run whose directory is named after the time: the same command would not find it again.
+
+    Raises:
+        ConfigError: if the directory is a new one each time.
+    """
+    folder = OmegaConf.to_container(_compose_hydra(primary, plan).run, resolve=False)
+    assert isinstance(folder, dict)
+    if "${now:" in str(folder["dir"]):
+        raise ConfigError(
+            "resume=auto needs a directory that the same command finds again, and this one would be named "
+            "after the time; add hydra.run.dir=<run dir>"
+        )
+
+
+def _compose_hydra(primary: str, plan: Plan) -> DictConfig:
+    """Return Hydra's own settings for a plan."""
     args = get_args_parser().parse_args(list(plan.arguments))
     with open_hydra(plan.own):
         lines = [o.input_line or "" for o in parse_overrides(args.overrides) if is_hydra(o)]
         cfg = compose_open((args.config_name or primary).removesuffix(".yaml"), lines, with_hydra=True)
-    return Path(str(cfg.hydra.sweep.dir))
+    settings: DictConfig = cfg.hydra
+    return settings
 
 
 def _one_at_a_time(overrides: Sequence[Override], multirun: bool) -> Iterator[list[str]]:

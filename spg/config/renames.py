@@ -47,7 +47,10 @@ RENAMED: dict[str, str] = {
 ADDED: dict[str, str] = {
     "decoding.threshold": "None",
     "decoding.factor": "None",
+    "decoding.cfg_scale": "0.0",
     "trainer.nodes": "1",
+    "trainer.checkpoint_format": "whole",
+    "trainer.requeue": "False",
 }
 
 

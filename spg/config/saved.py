@@ -40,7 +40,7 @@ def load_saved(path: Path) -> DictConfig | None:
     """
     try:
         cfg = OmegaConf.load(path)
-    except (OSError, YAMLError):
+    except (OSError, ValueError, YAMLError):
         return None
     return renames.update_paths(cfg) if isinstance(cfg, DictConfig) else None
 

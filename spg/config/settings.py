@@ -127,7 +127,9 @@ class Trainer:
     validate_every: Count
     checkpoint_every: Count
     keep_every: Count | None
+    checkpoint_format: Literal["whole", "sharded"]
     samples_every: CountOrZero
+    requeue: bool
 
 
 class Model:

@@ -13,3 +13,12 @@ class RunError(Exception):
 
 class Interrupted(BaseException):
     """A run that the user stopped; its state is saved, and the text says how to continue."""
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the code with which a command ends after an error."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, InputError):
+        return 2
+    return 130 if isinstance(error, Interrupted | KeyboardInterrupt) else 1

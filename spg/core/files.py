@@ -1,13 +1,15 @@
-"""Small text files: read as they are, and written completely or not at all."""
+"""Files that are written completely or not at all, also if the power fails; and small text files."""
 
 from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,11 @@ from typing import Any
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def digest(content: bytes) -> str:
+    """Return the SHA-256 of some bytes, in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_csv(path: str | Path) -> list[dict[str, str]]:
@@ -57,6 +64,36 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> Path:
     """Write a file under a temporary name and rename it, so that no reader sees half of it."""
     staged = path.with_name(f"{path.name}.tmp")
-    staged.write_text(text, encoding="utf-8", newline="")
-    os.replace(staged, path)
+    try:
+        with staged.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        put_in_place(staged, path)
+    except OSError as error:
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # that of a full disk names no file
     return path
+
+
+def put_in_place(staged: Path, path: Path) -> None:
+    """Rename a file that was written to `staged` to `path`.
+
+    What was written is on the disk first: without that, a file can be empty or hold zeros after a power
+    failure, although it was renamed.
+    """
+    with staged.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(staged, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let the names of the files in `folder` be on the disk; some file systems can't, and are left as is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)

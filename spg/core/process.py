@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from spg.core.commands import command_line
 from spg.core.errors import InputError
 
 # set for every process of a run that starts its processes itself, except for the first one
@@ -51,14 +51,17 @@ class Place:
         """Whether a launcher has started several processes for one run."""
         return self.launcher != "alone" and self.size > 1
 
+    @property
+    def starter(self) -> str:
+        """The program that started the process."""
+        return {"alone": "python", "torchrun": "torchrun", "slurm": "srun"}[self.launcher]
+
     def command(self, *arguments: str) -> str:
         """Return the command that trains with these arguments, started as this process was."""
-        start = {
-            "alone": "python",
-            "torchrun": "torchrun <options as before>",
-            "slurm": "srun <options as before> python",
-        }[self.launcher]
-        return f"{start} -m spg.train {shlex.join(arguments)}"
+        alone = command_line("train", *arguments)
+        if self.launcher == "torchrun":
+            return f"torchrun <options as before> {alone.removeprefix('python ')}"
+        return alone if self.launcher == "alone" else f"srun <options as before> {alone}"
 
     def complaint(self, nodes: int, devices: int) -> str | None:
         """Return what is wrong with this start for a run of `nodes` times `devices` processes, if anything.
@@ -73,9 +76,12 @@ class Place:
         same = self.nodes in (None, nodes) and self.per_node in (None, devices)
         if same and self.size == nodes * devices:
             return None
-        name, started = ("torchrun", "processes") if self.launcher == "torchrun" else ("srun", "tasks")
-        options = ("--nnodes", "--nproc-per-node") if name == "torchrun" else ("--nodes", "--ntasks-per-node")
-        found = f"{name} started {self.size} {started if self.size > 1 else started[:-2]}"
+        name, torchrun = self.starter, self.launcher == "torchrun"
+        started = "process" if torchrun else "task"
+        if self.size > 1:
+            started += "es" if torchrun else "s"
+        options = ("--nnodes", "--nproc-per-node") if torchrun else ("--nodes", "--ntasks-per-node")
+        found = f"{name} started {self.size} {started}"
         found += "" if self.nodes is None else f" on {self.nodes} node{'s' if self.nodes > 1 else ''}"
         own_nodes = self.nodes or 1
         own = f"trainer.nodes={own_nodes} trainer.devices={self.size // own_nodes}"

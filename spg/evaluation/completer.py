@@ -38,16 +38,14 @@ class Completer:
         examples = [item.example for item in items]
         group = torch.tensor([item.index for item in items])
         index = torch.tensor([item.index + SAMPLES_APART * item.sample for item in items])
-        was_training = self.policy.training
-        self.policy.eval()
-        rollout = collect.complete(self.policy, self.decoder, self.task, examples, group, index, self.seed)
-        self.policy.train(was_training)
-        steps = rollout.steps_taken.tolist()
-        tokens = rollout.completion_mask.sum(-1).tolist()
-        decoded = (rollout.commit_step >= 0).sum(-1).tolist()
-        known = self.decoder.near_tie is not None
-        ties = rollout.near_ties.tolist() if known else [None] * len(items)
+        with self.policy.decoding():
+            rollout = collect.complete(
+                self.policy, self.decoder, self.task, examples, group, index, self.seed
+            )
+        tokens, decoded = rollout.completion_mask.sum(-1), (rollout.commit_step >= 0).sum(-1)
+        numbers = torch.stack([tokens, decoded, rollout.steps_taken, rollout.near_ties], 1).tolist()
+        counted = self.decoder.near_tie is not None
         return [
-            Completion(self.task.prompt(item.example), *rest)
-            for item, *rest in zip(items, rollout.texts, tokens, decoded, steps, ties, strict=True)
+            Completion(self.task.prompt(item.example), text, length, chosen, steps, ties if counted else None)
+            for item, text, (length, chosen, steps, ties) in zip(items, rollout.texts, numbers, strict=True)
         ]

@@ -33,6 +33,7 @@ DECODING_SETTINGS = (
     "refresh_every",
     "threshold",
     "factor",
+    "cfg_scale",
 )
 # what results.json says besides
 RECORDED_SETTINGS = ("samples", "seed", "eval_batch_size", "threads", "run", "adapter", "generations")

@@ -78,6 +78,8 @@ def score_context(record: Mapping[str, Any]) -> list[str]:
     if settings.get("cache", "none") != "none":
         every = settings["refresh_every"]
         decoding += f", {settings['cache']} cache" + (f" refreshed every {every} steps" if every else "")
+    if settings.get("cfg_scale"):
+        decoding += f", guidance {settings['cfg_scale']:g}"
     if settings["temperature"] > 0 or settings["remasking"] == "random":
         decoding += f", {settings['samples']} samples, seed {settings['seed']}"
     return [

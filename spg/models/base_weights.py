@@ -70,9 +70,11 @@ def cache_dir() -> Path:
 
 def look_up(cfg: DictConfig) -> Path | None:
     """Return the file of a configuration's base weights, shipped or cached; None if there is none."""
-    name = file_name(cfg)
-    found = (folder / name for folder in (ASSETS, cache_dir()) if (folder / name).is_file())
-    return next(found, None)
+    return next((path for path in _places(cfg) if path.is_file()), None)
+
+
+def _places(cfg: DictConfig) -> list[Path]:
+    return [folder / file_name(cfg) for folder in (ASSETS, cache_dir())]
 
 
 def announce(cfg: DictConfig) -> str | None:
@@ -80,7 +82,7 @@ def announce(cfg: DictConfig) -> str | None:
 
     The line names the settings in which the nearest weights that are there differ.
     """
-    if cfg.model.get("weights") != "base" or look_up(cfg) is not None:
+    if cfg.model.get("weights") != "base" or any(path.is_file() for path in _places(cfg)):
         return None
     numbers = cfg.pretrain
     text = (

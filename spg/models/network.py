@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from spg.core.devices import first_places
 from spg.models.head import token_logps
 
 
@@ -28,11 +29,25 @@ class Positions:
     wanted: Tensor | None = None
 
     @classmethod
-    def of_mask(cls, at: Tensor) -> Self:
-        """Return the True positions of `at` [N L]. The device is waited for, to know how many there are."""
-        most = max(1, int(at.sum(-1).max()))
+    def of_mask(cls, at: Tensor, counts: Sequence[int] | None = None) -> Self:
+        """Return the True positions of `at` [N L].
+
+        Args:
+            at: True at the wanted positions.
+            counts: Number of them in each of the N rows; None to read it, for which the device is waited for.
+        """
+        known = at.sum(-1).tolist() if counts is None else counts
+        most = max(1, *known)
         columns = at.byte().argsort(dim=-1, descending=True, stable=True)[:, :most]
-        return cls(columns, at.gather(1, columns).flatten().nonzero().flatten())
+        if min(known) == most:
+            return cls(columns)
+        return cls(columns, first_places(at.gather(1, columns).flatten(), sum(known)))
+
+    def places(self, length: int, first: int = 0) -> Tensor:
+        """Return the wanted ones' numbers [S] among the N * `length` positions from column `first` on."""
+        rows = torch.arange(0, len(self.columns) * length, length, device=self.columns.device)
+        numbers = (self.columns + (rows - first).unsqueeze(-1)).flatten()
+        return numbers if self.wanted is None else numbers[self.wanted]
 
     def select(self, states: Tensor) -> Tensor:
         """Return the wanted ones [S D] of states [N K D]."""

@@ -17,16 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from spg.core.devices import send
 from spg.core.errors import InputError
 from spg.core.examples import Chat, Example, Template
 from spg.core.rules import checked
 from spg.core.types import Prompts
+from spg.models.choice import Measure, choose, distinct_rows
+from spg.models.guidance import Guidance
 from spg.models.head import rows_at_once
-from spg.models.lora import LoRA, add_adapter, load_adapter, save_adapter
+from spg.models.lora import (
+    FusedLayer,
+    LoRA,
+    add_adapter,
+    fused,
+    keep_input_types,
+    load_adapter,
+    save_adapter,
+)
 from spg.models.network import Cache, Network, Positions
-
-# how clear a choice is: what `propose` returns beside the token
-Measure = Literal["probability", "margin", "negative_entropy", "lead"]
 
 
 class Policy(nn.Module):
@@ -60,6 +68,8 @@ class Policy(nn.Module):
         # lists keep both from becoming submodules: the adapter wraps the network, the copy is not trained
         self._adapter: list[Any] = []
         self._reference: list[Network] = []
+        self._fused: list[FusedLayer] = []
+        self._is_decoding = False
         # a group repeats its prompt, and templates repeat short texts
         self._encode_text = lru_cache(maxsize=4096)(self._encode)
 
@@ -76,7 +86,10 @@ class Policy(nn.Module):
 
     def adapt(self, lora: LoRA) -> None:
         """Train an adapter from now on, instead of the own weights of the network."""
-        self._adapter = [add_adapter(self.network, lora)]
+        adapter = add_adapter(self.network, lora)
+        self._adapter, self._fused = [adapter], FusedLayer.of(adapter)
+        if self.precision != "32-true":
+            keep_input_types(adapter)
 
     @property
     def has_adapter(self) -> bool:
@@ -121,6 +134,23 @@ class Policy(nn.Module):
             self.network = own
             self.train(was_training)
 
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Decode in a `with` block: in evaluation mode, without gradients, with a fused adapter.
+
+        The weights must not change in it.
+        """
+        was_training, was_decoding = self.training, self._is_decoding
+        lower = None if self.precision == "32-true" else torch.bfloat16
+        self.eval()
+        self._is_decoding = True
+        try:
+            with torch.no_grad(), nullcontext() if was_decoding else fused(self._fused, lower):
+                yield
+        finally:
+            self._is_decoding = was_decoding
+            self.train(was_training)
+
     def encode(self, prompt: str | Chat) -> list[int]:
         """Return the token ids of a text, or of a chat in the template of the model.
 
@@ -159,6 +189,10 @@ class Policy(nn.Module):
             ids = ids[: ids.index(self.eos_id)]
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def texts(self, completion_ids: Tensor) -> tuple[str, ...]:
+        """Return the texts of completions [B T], which are read from the device at once."""
+        return tuple(self.text(row) for row in completion_ids.cpu())
+
     def prepare(
         self,
         examples: Sequence[Example],
@@ -189,8 +223,8 @@ class Policy(nn.Module):
             mask=self._tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded]).bool(),
             template=self._tensor([ids for ids, _ in completions]),
             given=self._tensor([given for _, given in completions]).bool(),
-            group=group.to(self.device),
-            index=index.to(self.device),
+            group=send(group, self.device),
+            index=send(index, self.device),
             examples=tuple(examples),
         )
 
@@ -207,7 +241,7 @@ class Policy(nn.Module):
         return ids + [self.eos_id] * rest, given + [True] * rest
 
     def _tensor(self, rows: Sequence[Sequence[int | bool]]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.long, device=self.device)
+        return send(torch.tensor(rows, dtype=torch.long), self.device)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context in which the network computes in the precision of the policy.
@@ -219,7 +253,14 @@ class Policy(nn.Module):
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def token_logps(self, tokens: Tensor, mask: Tensor | None, targets: Tensor, scored: Tensor) -> Tensor:
+    def token_logps(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        targets: Tensor,
+        scored: Tensor,
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:
         """Return log pi(targets | tokens) [N T] at the scored positions, 0 elsewhere, in float32.
 
         Args:
@@ -227,12 +268,16 @@ class Policy(nn.Module):
             mask: True at real tokens [N L]; None if nothing is padded.
             targets: Token ids of the last T positions [N T].
             scored: True at the positions to compute [N T].
+            counts: Number of scored positions in each row; None to read it, for which the device is waited
+                for.
         """
         width = tokens.shape[1] - targets.shape[1]
+        at = Positions.of_mask(F.pad(scored, (width, 0)), counts)
+        places = at.places(targets.shape[1], width)
         with self.autocast():
-            picked = self.network.hidden(tokens, mask, Positions.of_mask(F.pad(scored, (width, 0))))
-            logps = self.network.logps(picked, targets[scored])
-        return torch.zeros(targets.shape, device=logps.device).masked_scatter(scored, logps)
+            picked = self.network.hidden(tokens, mask, at)
+            logps = self.network.logps(picked, targets.flatten()[places])
+        return torch.zeros(targets.numel(), device=logps.device).scatter(0, places, logps).view_as(targets)
 
     @torch.no_grad()
     def propose(
@@ -247,6 +292,7 @@ class Policy(nn.Module):
         shared: bool = True,
         cache: Cache | None = None,
         window: slice | None = None,
+        guidance: Guidance | None = None,
     ) -> tuple[Tensor, ...]:
         """Choose a token for every position of `columns`, and measure how clear each choice is.
 
@@ -265,27 +311,35 @@ class Policy(nn.Module):
             cache: Keys and values of these rows. If it is filled, only the positions of `window` are
                 computed; else all are, and it is filled.
             window: Positions to compute with a filled cache; it holds those of `columns`.
+            guidance: Changes the distribution. A copy of each row is computed too, and the cache holds both.
 
         Returns:
             Token ids [N K], then each of `measures` [N K], in float32, at temperature 1 and without noise.
-            `probability` is that of the chosen token. `margin` is the difference in probability between the
+            `probability` is that of the chosen token, `unguided_probability` what it is without guidance.
+            `margin` is the difference in probability between the
             two most likely tokens, `lead` their difference in logits, which is that in log-probabilities.
             `negative_entropy` is that of the distribution, in nats.
         """
+        shape = columns.shape
+        if guidance is not None:
+            tokens, columns = guidance.with_copies(tokens, self.mask_id), columns.repeat(2, 1)
+            mask = None if mask is None else mask.repeat(2, 1)
         with self.autocast():
             states = self._states_at(tokens, mask, columns, shared, cache, window)
+        states, *copies = states.chunk(1 if guidance is None else 2)
         noise = None if noise is None or temperature == 0 else noise.flatten()
-        size = rows_at_once(self.network.head_width, states.device)
+        size = max(1, rows_at_once(self.network.head_width, states.device) // (1 + len(copies)))
         if noise is not None and states.device.type == "cuda":
             size = max(1, size // 8)  # in float64, and as logits, probabilities and their sums
-        pieces = range(0, len(states), size)
-        found = [
-            self._choose(
-                states[i : i + size], temperature, None if noise is None else noise[i : i + size], measures
-            )
-            for i in pieces
-        ]
-        return tuple(torch.cat(parts).view_as(columns) for parts in zip(*found, strict=True))
+        found = []
+        for i in range(0, len(states), size):
+            part = slice(i, i + size)
+            own = self._logits(states[part])
+            logits = own if guidance is None else guidance.guide(own, self._logits(copies[0][part]))
+            excluded = self._excluded_ids(logits.shape[-1], logits.device)
+            own_noise = None if noise is None else noise[part]
+            found.append(choose(logits, own, excluded, temperature, own_noise, measures))
+        return tuple(torch.cat(parts).view(shape) for parts in zip(*found, strict=True))
 
     def _states_at(
         self,
@@ -311,58 +365,17 @@ class Policy(nn.Module):
             cache.select(which)
         return few.view(len(first), -1, few.shape[-1])[which].flatten(0, 1)
 
-    def _choose(
-        self, states: Tensor, temperature: float, noise: Tensor | None, measures: Sequence[Measure]
-    ) -> tuple[Tensor, ...]:
-        """Choose a token from each of states [S D], and measure the choices; see `propose`."""
+    def _logits(self, states: Tensor) -> Tensor:
+        """Return the logits [S V] of states [S D], in float32."""
         with self.autocast():
-            logits = self.network.logits(states)
-        logits = logits.float()
-        excluded = self._excluded_ids(logits.shape[-1], logits.device)
-        allowed = logits.masked_fill(excluded, -torch.inf)
-        ids = allowed.argmax(-1) if noise is None else _sample(allowed.double() / temperature, noise)
-
-        def measure(name: Measure) -> Tensor:
-            if name == "lead":
-                return _gap(allowed)
-            # over the whole head, as in the released code: excluded tokens take their share of probability
-            probabilities = logits.softmax(-1)
-            if name == "probability":
-                return probabilities.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-            if name == "margin":
-                return _gap(probabilities.masked_fill(excluded, 0.0))
-            # `entr` is 0 at 0, where p log p has no value
-            return -torch.special.entr(probabilities).sum(-1)
-
-        return ids, *map(measure, measures)
+            return self.network.logits(states).float()
 
     def _excluded_ids(self, rows: int, device: torch.device) -> Tensor:
         if self._excluded is not None and self._excluded.device == device:
             return self._excluded
-        excluded = torch.arange(rows, device=device) >= len(self.tokenizer)
+        excluded = torch.arange(rows) >= len(self.tokenizer)
         excluded[self.mask_id] = True
         if self.pad_id != self.eos_id:
             excluded[self.pad_id] = True
-        self._excluded = excluded
-        return excluded
-
-
-def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the numbers of the distinct rows [U] of rows [N L], and which of these each row equals [N]."""
-    distinct, which = torch.unique(rows, dim=0, return_inverse=True)
-    numbers = torch.arange(len(rows), device=rows.device)
-    return torch.zeros_like(distinct[:, 0]).scatter(0, which, numbers), which
-
-
-def _sample(logits: Tensor, noise: Tensor) -> Tensor:
-    """Draw from softmax(logits) [S V] by inverse CDF, from noise [S] uniform on [0, 1), all in float64."""
-    cumulative = logits.softmax(-1).cumsum(-1)
-    threshold = noise.unsqueeze(-1) * cumulative[..., -1:]
-    ids = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    return ids.clamp_max(logits.shape[-1] - 1)
-
-
-def _gap(values: Tensor) -> Tensor:
-    """Return by how much the largest of `values` [... V] exceeds the second largest [...]."""
-    largest = values.topk(2, dim=-1).values
-    return largest[..., 0] - largest[..., 1]
+        self._excluded = send(excluded, device)
+        return self._excluded

@@ -265,13 +265,29 @@ def load_checkpoint(network: nn.Module, path: str | Path) -> None:
         ValueError: if the file is broken, or its tensors are not those that the network trains.
     """
     prefix = "policy.network."
-    found = {k.removeprefix(prefix): v for k, v in read_checkpoint(path)["state_dict"].items()}
+    checkpoint = describe_checkpoint(path)
+    found = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items()}
     own = {name: p for name, p in network.named_parameters() if p.requires_grad}
     wrong = sorted(n for n in own.keys() | found.keys() if n not in own or n not in found)
     wrong += [n for n in own if n in found and own[n].shape != found[n].shape]
     if wrong:
         raise ValueError(f"{path} does not fit this model: {len(wrong)} tensors differ, first {wrong[0]}")
-    network.load_state_dict(found, strict=False)
+    fill_weights(checkpoint, {f"{prefix}{name}": parameter.detach() for name, parameter in own.items()})
+
+
+def fill_weights(checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Fill weights [...], whole or sliced over processes, from what `describe_checkpoint` returned.
+
+    Raises:
+        ValueError: if the checkpoint is broken.
+    """
+    if "slices" in checkpoint:
+        from spg.models.slices import WEIGHT, fill_from_slices  # few checkpoints are in slices
+
+        fill_from_slices(checkpoint["slices"], {f"{WEIGHT}{name}": w for name, w in weights.items()})
+    else:
+        for name, weight in weights.items():
+            weight.copy_(checkpoint["state_dict"][name])
 
 
 def load_trained(network: nn.Module, path: Path, load_adapter: Callable[[Path], None] | None) -> None:
@@ -301,12 +317,43 @@ def load_trained(network: nn.Module, path: Path, load_adapter: Callable[[Path], 
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return a training checkpoint, which is read page by page as it is used, by all processes of a run.
+    """Return a training checkpoint with whole tensors on the CPU, whether its file holds them or slices.
+
+    Raises:
+        ValueError: if the file is missing or broken, or no checkpoint of this project.
+    """
+    checkpoint = describe_checkpoint(path)
+    if "slices" in checkpoint:
+        from spg.models.slices import join_slices
+
+        join_slices(checkpoint)
+    return checkpoint
+
+
+def describe_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return a training checkpoint without reading its tensors.
+
+    Tensors of a whole file are read page by page as they are used, by all processes of a run. Those in slices
+    have shape and type only (device "meta"); `slices` is the path of their folder then.
 
     Raises:
         ValueError: if the file is missing or broken, or no checkpoint of this project.
     """
     path = Path(path)
+    checkpoint = read_file(path)
+    if "slices" in checkpoint:
+        from spg.models.slices import describe_tensors
+
+        describe_tensors(checkpoint, path.parent / Path(str(checkpoint["slices"])).name)
+    return checkpoint
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Return what the file of a checkpoint holds; if its tensors are in slices, none, and the folder's name.
+
+    Raises:
+        ValueError: if the file is missing or broken, or no checkpoint of this project.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a checkpoint that spg.train wrote")
     try:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spg.algorithms.advantages import Advantage
+from spg.core.devices import send
 from spg.core.examples import Example
 from spg.core.seeding import derive_seed
 from spg.core.types import Experience, Rollout
@@ -87,7 +88,7 @@ class CollectionStats:
     Attributes:
         rollout: Seconds of decoding.
         reward: Seconds of scoring.
-        tokens: Number of decoded tokens.
+        tokens: Number of decoded tokens, [].
         logp_difference: [B] change of log-probabilities by a cache, in nats per token (see the function of
             this name in `spg.rollout.decoder`); None without a cache.
         steps: [B] decoding steps that committed a token; None if their number is fixed.
@@ -95,7 +96,7 @@ class CollectionStats:
 
     rollout: float
     reward: float
-    tokens: int
+    tokens: Tensor
     logp_difference: Tensor | None
     steps: Tensor | None
 
@@ -113,7 +114,7 @@ def collect(
     """Let the policy complete examples `group_size` times each, and score the completions.
 
     Args:
-        policy: Completes the prompts, in evaluation mode.
+        policy: Completes the prompts.
         decoder: Decides how tokens are chosen.
         task: Gives prompts, templates and rewards.
         advantage: Turns rewards [P G] into advantages [P G]. It sees the rewards of all processes.
@@ -128,22 +129,20 @@ def collect(
     world = world or World()
     first = world.stretch(len(examples)).start
     started = time.perf_counter()
-    was_training = policy.training
-    policy.eval()
-    completed = roll_out(policy, decoder, task, world.share(examples), group_size, seed, first)
-    decoded = time.perf_counter()
-    difference = None
-    if decoder.cache != "none":
-        difference = logp_difference(policy, completed, derive_seed(seed, "difference"))
-    policy.train(was_training)
+    with policy.decoding():
+        completed = roll_out(policy, decoder, task, world.share(examples), group_size, seed, first)
+        decoded = time.perf_counter()
+        difference = None
+        if decoder.cache != "none":
+            difference = logp_difference(policy, completed, derive_seed(seed, "difference"))
     compared = time.perf_counter()
     parts = score_all(task.reward, completed.examples, completed.texts, task.workers)
-    reward_parts = {name: torch.tensor([p[name] for p in parts], device=policy.device) for name in parts[0]}
+    reward_parts = {n: send(torch.tensor([p[n] for p in parts]), policy.device) for n in parts[0]}
     rewards = torch.stack(list(reward_parts.values())).sum(0)
     advantages = advantage(world.gather(rewards).view(-1, group_size)).flatten()
     start = first * group_size
     experience = Experience(completed, rewards, reward_parts, advantages[start : start + len(rewards)])
     ended = time.perf_counter()
-    tokens = int((completed.commit_step >= 0).sum())
+    tokens = (completed.commit_step >= 0).sum()
     steps = None if decoder.rule is None else completed.steps_taken
     return experience, CollectionStats(decoded - started, ended - compared, tokens, difference, steps)

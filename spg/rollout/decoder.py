@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from spg.core.combinations import check_commit_rule
+from spg.core.devices import send
 from spg.core.rules import Count, NotNegative, Positive, Probability, checked
 from spg.core.seeding import Streams
 from spg.core.types import Prompts, Rollout
+from spg.models.choice import Measure, distinct_rows
+from spg.models.guidance import Guidance
 from spg.models.network import Cache
-from spg.models.policy import Measure, Policy, distinct_rows
+from spg.models.policy import Policy
 from spg.rollout.schedule import ConfidenceRule, FixedCounts, Schedule, WhileOpen
 
 # by its name in the configuration: the measure that orders the positions, the highest first
@@ -94,6 +97,9 @@ class Decoder:
             It needs `low_confidence` or `margin`.
         factor: In place of a threshold: commit the n most confident positions with the largest n for which
             (n + 1) (1 - confidence of the n-th) stays below this; see `ConfidenceRule`.
+        cfg_scale: Scale of classifier-free guidance, which chooses and measures tokens by other logits and
+            computes twice as many rows; see `Guidance`. `Rollout.commit_logps` stay those of the policy
+            itself. 0 is none.
     """
 
     @checked
@@ -110,6 +116,7 @@ class Decoder:
         refresh_every: Count | None = None,
         threshold: Probability | None = None,
         factor: Positive | None = None,
+        cfg_scale: NotNegative = 0.0,
     ) -> None:
         check_commit_rule(remasking, threshold, factor)
         self.gen_length = gen_length
@@ -123,6 +130,7 @@ class Decoder:
         self.refresh_every = refresh_every
         self.threshold = threshold
         self.factor = factor
+        self.cfg_scale = cfg_scale
 
     @property
     def rule(self) -> ConfidenceRule | None:
@@ -166,8 +174,9 @@ class Decoder:
             slice(start, min(start + self.block_size, self.gen_length))
             for start in range(0, self.gen_length, self.block_size)
         ]
-        state = _State.of_prompts(prompts, policy.mask_id)
-        schedule = self._schedule(state, blocks)
+        holes, padded = _counts(prompts, blocks)
+        state = _State.of_prompts(prompts, policy.mask_id, padded)
+        schedule = self._schedule(holes, state, blocks)
         tokens_noise, order_noise = self._noise(streams, len(blocks) * schedule.steps)
         cache = None if self.cache == "none" else Cache()
         active = list(range(batch))
@@ -205,8 +214,7 @@ class Decoder:
                     break
         return state.rollout(policy, prompts)
 
-    def _schedule(self, state: _State, blocks: Sequence[slice]) -> Schedule:
-        holes = torch.stack([state.open[:, block].sum(-1) for block in blocks], dim=1)
+    def _schedule(self, holes: Tensor, state: _State, blocks: Sequence[slice]) -> Schedule:
         if self.rule is not None:
             return WhileOpen(holes, state.open, blocks)
         return FixedCounts(holes, max(1, self.steps // len(blocks)))
@@ -247,6 +255,7 @@ class Decoder:
             shared=shared,
             cache=cache,
             window=seen,
+            guidance=Guidance(self.cfg_scale, part(state.known)) if self.cfg_scale > 0 else None,
         )
         key = (measured[0] if order is None else order).masked_fill(~live, -torch.inf)
         if counts is None:
@@ -258,7 +267,7 @@ class Decoder:
             ties = ((measured[-1] <= self.near_tie) & picked).sum(-1)
             ties = ties + self._ties_of_order(key, picked, order is not None)
             part.put(state.near_ties, part(state.near_ties) + ties)
-        probability = measured[measures.index("probability")]
+        probability = measured[measures.index(self._kept)]
         logps = probability.clamp_min(torch.finfo(torch.float32).tiny).log()
         for whole, values in (
             (state.tokens[:, window], ids),
@@ -281,10 +290,15 @@ class Decoder:
             return close.long()
         return self.rule.close_calls(key, self.near_tie).maximum(close.long())
 
+    @property
+    def _kept(self) -> Measure:
+        """The probability of a committed token that a rollout keeps: that of the policy itself."""
+        return "unguided_probability" if self.cfg_scale > 0 else "probability"
+
     def _measures(self) -> list[Measure]:
         measures: list[Measure] = [CONFIDENCE.get(self.remasking, "probability")]
-        if "probability" not in measures:
-            measures.append("probability")
+        if self._kept not in measures:
+            measures.append(self._kept)
         if self.near_tie is not None:
             measures.append("lead")
         return measures
@@ -305,21 +319,23 @@ class _State:
 
     tokens: Tensor  # [B L]
     mask: Tensor | None  # [B L] True at real tokens; None if nothing is padded
+    known: Tensor  # [B L] tokens that are there before the first step
     open: Tensor  # [B T] holes that are still to fill
     commit_step: Tensor  # [B T]
     commit_logps: Tensor  # [B T]
     near_ties: Tensor  # [B]
 
     @classmethod
-    def of_prompts(cls, prompts: Prompts, mask_id: int) -> _State:
-        """Return the state before the first step."""
+    def of_prompts(cls, prompts: Prompts, mask_id: int, padded: bool) -> _State:
+        """Return the state before the first step; `padded` says whether any prompt has padding."""
         completion = prompts.template.masked_fill(~prompts.given, mask_id)
         mask = None
-        if not bool(prompts.mask.all()):
+        if padded:
             mask = torch.cat([prompts.mask, torch.ones_like(prompts.given)], dim=-1)
         return cls(
             tokens=torch.cat([prompts.ids, completion], dim=-1),
             mask=mask,
+            known=torch.cat([torch.ones_like(prompts.mask), prompts.given], dim=-1),
             open=~prompts.given,
             commit_step=torch.full_like(completion, -1),
             commit_logps=torch.zeros(completion.shape, device=completion.device),
@@ -340,9 +356,19 @@ class _State:
             commit_step=self.commit_step,
             commit_logps=self.commit_logps,
             near_ties=self.near_ties,
-            texts=tuple(policy.text(row) for row in completion),
+            texts=policy.texts(completion),
             examples=prompts.examples,
         )
+
+
+def _counts(prompts: Prompts, blocks: Sequence[slice]) -> tuple[Tensor, bool]:
+    """Return the holes of each block [B blocks], on the CPU, and whether any prompt has padding.
+
+    The device is waited for once.
+    """
+    holes = [(~prompts.given[:, block]).sum(-1) for block in blocks]
+    counts = torch.stack([*holes, (~prompts.mask).sum(-1)], dim=1).cpu()
+    return counts[:, :-1], bool(counts[:, -1].any())
 
 
 class _Rows:
@@ -364,8 +390,5 @@ class _Rows:
             whole[self._index] = values
 
     def tensor(self, numbers: Sequence[Any]) -> Tensor:
-        """Return numbers as a tensor on the device; a copy from pinned memory does not wait."""
-        tensor = torch.tensor(numbers)
-        return (
-            tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
-        )
+        """Return numbers as a tensor on the device."""
+        return send(torch.tensor(numbers), self.device)

@@ -61,7 +61,7 @@ class Recorded(Decoder):
             prompts,
             completion,
             mask,
-            tuple(policy.text(row) for row in completion),
+            policy.texts(completion),
             tuple({**example, "side": side} for example, side in zip(prompts.examples, sides, strict=True)),
         )
 

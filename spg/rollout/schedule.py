@@ -58,7 +58,7 @@ class FixedCounts(Schedule):
     """Commits numbers of tokens that follow from the number of holes and of steps alone.
 
     Args:
-        holes: Number of holes in each block [B blocks]. The device is waited for once.
+        holes: Number of holes in each block [B blocks], on the CPU.
         steps: Steps of a block.
     """
 
@@ -79,7 +79,7 @@ class WhileOpen(Schedule):
     """Goes on with a block until nothing is open; the confidence decides what each step commits.
 
     Args:
-        holes: Number of holes in each block [B blocks].
+        holes: Number of holes in each block [B blocks], on the CPU.
         still_open: Positions that are not committed yet [B T]; decoding changes it in place.
         blocks: The positions of each block.
     """

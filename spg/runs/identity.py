@@ -12,8 +12,8 @@ from spg import config
 from spg.config import CONF_DIR, ConfigError
 from spg.config.renames import ADDED
 
-# settings that a resumed run may change; threads and the batch sizes change rounding at most, and noise of
-# dropout
+# settings that a resumed run may change; threads, the batch sizes and how processes share the work change
+# rounding at most, and noise of dropout
 CHANGEABLE = (
     "trainer.max_updates",
     "trainer.checkpoint_every",
@@ -22,6 +22,11 @@ CHANGEABLE = (
     "trainer.threads",
     "trainer.micro_batch_size",
     "trainer.eval_batch_size",
+    "trainer.checkpoint_format",
+    "trainer.nodes",
+    "trainer.devices",
+    "trainer.strategy",
+    "trainer.requeue",
     "logger",
 )
 
@@ -49,17 +54,25 @@ def identity(cfg: DictConfig, changeable: Sequence[str] = CHANGEABLE) -> dict[st
     return leaves
 
 
-def check_same(before: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:
+def check_same(
+    before: Mapping[str, str], now: Mapping[str, str], folder: Path, option: str = "hydra.sweep.dir"
+) -> None:
     """Compare the identity of the run in `folder` with the one that was asked for.
+
+    Args:
+        before: Identity of the run in `folder`.
+        now: Identity that was asked for.
+        folder: Directory of the run.
+        option: The key that sets the directory, for the message.
 
     Raises:
         OtherRunError: if they differ, with the first setting that does.
     """
     found = find_difference(before, now)
     if found is not None:
+        now_alone = found[1].removeprefix(f"{found[0].partition('=')[0]}=")
         raise OtherRunError(
-            f"{folder} holds a run with {found[0]}, not {found[1]}; give another hydra.sweep.dir, or "
-            "remove it"
+            f"{folder} holds a run with {found[0]}, not {now_alone}; give another {option}, or remove it"
         )
 
 
@@ -72,7 +85,9 @@ def find_difference(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[
     Returns:
         The two in words, or None if the identities are equal.
     """
-    key = next((k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)), None)
+    other = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
+    # a setting at the root is what the user sets, and others may take its value
+    key = min(other, key=lambda key: (key.count("."), key), default=None)
     if key is None:
         return None
     names = key.split(".")
@@ -91,6 +106,16 @@ def _in_words(leaves: Mapping[str, str], key: str) -> str:
     if inner:
         return f"{key}={{{', '.join(f'{name}: {setting}' for name, setting in inner.items())}}}"
     return f"{key}={'null' if value == 'None' else value}" if key in leaves else f"no {key}"
+
+
+def changes(before: DictConfig, now: DictConfig) -> list[str]:
+    """Return the settings of the trainer that a run changes when it goes on, as lines `key=value`."""
+    lines = []
+    for key in CHANGEABLE:
+        old, new = (OmegaConf.select(cfg, key) for cfg in (before, now))
+        if key.startswith("trainer.") and old != new:
+            lines.append(f"{key}={'null' if new is None else new}")
+    return lines
 
 
 def apply_changes(

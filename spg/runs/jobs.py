@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,16 @@ from omegaconf import DictConfig
 from spg import config
 from spg.core.errors import InputError, Interrupted, RunError
 from spg.models import hub
-from spg.runs.directory import read_config, write_config
+from spg.runs.directory import find_config
 from spg.runs.identity import OtherRunError, check_same, identity
 from spg.runs.lifecycle import Run, Train, begin, work
 from spg.runs.status import InUseError, lock, read_status, write_status
+from spg.runs.watching import STOPPING, is_elsewhere, parent_is_gone, requeue_at_time_limit, watch
 
 log = logging.getLogger(__name__)
 
 # file in the directory of a multirun: which jobs the last command did not touch, and why
 LEFT_ALONE = "left-alone.txt"
-# file in the directory of a multirun that is being stopped: no other job starts
-STOPPING = "stopping"
 
 
 def train_job(
@@ -42,18 +42,17 @@ def train_job(
     def do() -> bool:
         config.check(cfg)
         own = hub.settle(cfg)
-        fresh = not (folder / "config.yaml").exists()
-        if fresh:
+        if not (folder / "config.yaml").exists():
             begin(own, folder, overrides)
-        before = read_config(folder)
+        before = find_config(folder) or own  # a file that can't be read is written again when the run goes on
         config.check_complete(before, folder / "config.yaml")
         check_same(identity(before), identity(own), folder)
-        finished = read_status(folder).get("state") == "finished"
+        finished = _is_finished(folder)
         if finished and own.trainer.max_updates <= before.trainer.max_updates:
             log.info("Finished already: %s", folder)
+            if read_status(folder).get("overrides") != dict(values):  # status.json was lost
+                write_status(folder, overrides=dict(values))
             return False
-        if not fresh:
-            write_config(own, folder)
         write_status(folder, overrides=dict(values))
         return work(Run(own, folder, group=folder.parent.name), train)
 
@@ -65,7 +64,9 @@ def run_job(folder: Path, values: Mapping[str, Any], do: Callable[[], bool]) -> 
 
     If the job fails, status.json and error.txt say so, and the multirun goes on. A directory that is in use,
     or holds another run, is not touched. If the user stops one job, no other job starts; the error is not
-    raised, because joblib would then kill the jobs that are still running.
+    raised, because joblib would then kill the jobs that are still running. A job on a cluster may be stopped
+    by itself, and the others go on. If the process of the multirun is gone, no job starts, and running ones
+    save and stop.
 
     Args:
         folder: Directory of the job, inside that of the multirun.
@@ -75,14 +76,21 @@ def run_job(folder: Path, values: Mapping[str, Any], do: Callable[[], bool]) -> 
     stopping = folder.parent / STOPPING
     if stopping.exists():
         return
+    if parent_is_gone():
+        log.warning("%s not started: the process of the multirun is gone", folder.name)
+        return
     try:
-        with lock(folder):
-            if do():
+        with (
+            lock(folder),
+            requeue_at_time_limit(lambda: _is_finished(folder)),
+            _stop_the_others(folder.parent),
+            watch(folder.parent),
+        ):
+            if do() and not is_elsewhere():
                 stopping.touch()
             (folder / "error.txt").unlink(missing_ok=True)  # of an earlier failure
     except (Interrupted, KeyboardInterrupt) as stop:
         log.info("%s: %s", folder.name, stop or "stopped")
-        stopping.touch()
     except (InUseError, OtherRunError) as error:
         log.error("%s left alone: %s", folder.name, error)
         with (folder.parent / LEFT_ALONE).open("a", encoding="utf-8") as file:
@@ -96,6 +104,24 @@ def run_job(folder: Path, values: Mapping[str, Any], do: Callable[[], bool]) -> 
         _write_failure(folder, values, f"{type(error).__name__}: {error}")
 
 
+@contextmanager
+def _stop_the_others(multirun: Path) -> Iterator[None]:
+    """Let no other job of a multirun on this machine start if a `with` block is interrupted.
+
+    If the process of the multirun is gone, the next command may be at work already.
+    """
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        if not is_elsewhere() and not parent_is_gone():
+            (multirun / STOPPING).touch()
+        raise
+
+
+def _is_finished(folder: Path) -> bool:
+    return read_status(folder).get("state") == "finished"
+
+
 def _write_failure(folder: Path, values: Mapping[str, Any], text: str) -> None:
-    if read_status(folder).get("state") != "finished":  # a finished run stays finished
+    if not _is_finished(folder):  # a finished run stays finished
         write_status(folder, state="failed", error=text.splitlines()[0], overrides=dict(values))

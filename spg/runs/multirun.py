@@ -20,6 +20,7 @@ from typing import Any
 
 from spg.config import ConfigError
 from spg.core.files import read_csv, write_text
+from spg.runs.status import read_status
 
 # when summary.json measures the test half: the base model, the best checkpoint, and the last weights
 MOMENTS = ("before", "after", "last")
@@ -135,7 +136,7 @@ def csv_text(columns: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def _read_job(folder: Path) -> Job:
-    status = _read_json(folder / "status.json")
+    status = read_status(folder)
     path = folder / "summary.json"
     return Job(
         name=folder.name,

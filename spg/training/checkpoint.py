@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
@@ -19,7 +21,8 @@ from spg.algorithms.objectives import Adaptive, Objective
 from spg.config.renames import update_paths
 from spg.core.errors import RunError
 from spg.core.world import World
-from spg.runs.identity import find_difference
+from spg.models.weights import describe_checkpoint, fill_weights
+from spg.runs.identity import CHANGEABLE, find_difference
 from spg.training.fsdp import sharding_of
 
 FORMAT = 1
@@ -43,7 +46,7 @@ class TrainedWeights:
         names = self.tensors()
         sharding = sharding_of(self._module)
         if sharding is not None:
-            state = sharding.lightning_module_state_dict()
+            state = sharding.whole_state_dict()
             return {name: tensor for name, tensor in state.items() if name in names}
         return {name: tensor.detach().cpu() for name, tensor in names.items()}
 
@@ -66,6 +69,26 @@ class TrainedWeights:
             sharding.fill(tensors)
         else:
             self._module.load_state_dict(tensors, strict=False)
+
+    @torch.no_grad()
+    def load_file(self, path: Path) -> None:
+        """Fill the trained tensors with those of a checkpoint.
+
+        Raises:
+            RunError: if the file is broken, or they do not fit.
+        """
+        try:
+            checkpoint = describe_checkpoint(path)
+            self.check_fit(checkpoint["state_dict"])
+            sharding = sharding_of(self._module)
+            if sharding is not None and "slices" in checkpoint:
+                sharding.fill_from_slices(checkpoint["slices"])
+            elif sharding is not None:
+                sharding.fill(checkpoint["state_dict"])
+            else:
+                fill_weights(checkpoint, self.tensors())
+        except ValueError as error:
+            raise RunError(str(error)) from error
 
     def with_gradients(self, optimizer: LightningOptimizer) -> list[Tensor]:
         """Return the tensors that hold gradients; if weights are sliced, the optimizer's slices."""
@@ -132,6 +155,7 @@ class ResumableModule(pl.LightningModule):
             "format": FORMAT,
             "rollouts": self.rollouts,
             "updates": self.updates,
+            "processes": self.world.size,
             "latest": dict(self.latest),
             "seconds": dict(self.seconds),
             "elapsed": self.elapsed(),
@@ -163,8 +187,16 @@ class ResumableModule(pl.LightningModule):
             self.objective.restore(own.get("objective", {}))  # absent from checkpoints of version 0.3
 
 
+def processes_of(checkpoint: Mapping[str, Any]) -> int:
+    """Return the number of processes that wrote a checkpoint; version 0.5 has it among the settings."""
+    own = checkpoint["spg"]
+    return int(own["processes"] if "processes" in own else own["identity"].get("trainer.devices", 1))
+
+
 def _check_identity(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    found = find_difference(theirs, ours)
+    # more settings may change now than when an older version wrote theirs
+    before, now = ({k: v for k, v in side.items() if k not in CHANGEABLE} for side in (theirs, ours))
+    found = find_difference(before, now)
     if found is not None:
         raise RunError(
             f"the checkpoint belongs to a run with {found[0]}, this one has {found[1]}; resume with the "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +12,10 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
+from spg.core import link
 from spg.core.commands import command_line
 from spg.core.errors import Interrupted, RunError
-from spg.core.process import rank
+from spg.core.process import place, rank
 from spg.training.nonfinite import NonFiniteError
 
 
@@ -34,20 +34,22 @@ def explain_failures(cfg: DictConfig, folder: Path) -> Iterator[None]:
         RunError: if the run can't go on.
         Interrupted: if it was asked to stop.
     """
-    again = command_line("train", f"resume={folder}")
+    again = place().command(f"resume={folder}")
     try:
         yield
     except (NonFiniteError, Interrupted) as error:
-        if rank() > 0:
-            raise SystemExit(1) from error
+        if rank() > 0:  # a launcher ends all processes of a run if one of them ends with an error
+            raise SystemExit(0 if isinstance(error, Interrupted) else 1) from error
         if isinstance(error, Interrupted):
             raise Interrupted(f"{error}; go on with: {again}") from error
         raise RunError(f"{error}\nNothing was saved after it{_save(error, cfg, folder)}") from error
     except RunError as error:
         raise RunError(f"{error}\nGo on with: {again}") from error
-    except RuntimeError:  # as torch.distributed raises if another process is gone
-        if rank() > 0:
-            time.sleep(3.0)  # if that was the first process, `end_with_parent` ends this one meanwhile
+    except RuntimeError as error:  # as torch.distributed raises if another process is gone
+        connection = link.current()
+        # if the first process failed, it ends this one meanwhile
+        if rank() > 0 and connection is not None and connection.died.wait(10.0):
+            raise SystemExit(1) from error
         raise
     finally:
         if dist.is_initialized():

@@ -30,25 +30,38 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from spg.models.policy import Policy
+from spg.models.slices import (
+    SLICES,
+    WEIGHT,
+    fill_from_slices,
+    optimizer_name,
+    write_slices,
+)
+from spg.models.weights import describe_checkpoint
+from spg.training.slice_folders import unused_name
 
 
 class Sharded(ModelParallelStrategy):
     """Lightning's strategy that slices the weights of a module's `policy`.
 
-    Checkpoints hold whole tensors, as those of `ddp` do. All methods gather, and must be called by all
-    processes, except those that load.
+    Checkpoints hold whole tensors, as those of `ddp` do, or slices, which each process writes by itself.
+    Either kind is read. All methods gather, and must be called by all processes, except those that load.
 
     Args:
         timeout: How long a process waits for the others.
+        write_slices: Whether checkpoints hold slices.
     """
 
     # Lightning loads the weights of a checkpoint before `setup` slices them
     restore_checkpoint_after_setup = False
     lightning_restore_optimizer = True
 
-    def __init__(self, timeout: timedelta) -> None:
+    def __init__(self, timeout: timedelta, write_slices: bool = False) -> None:
         super().__init__(save_distributed_checkpoint=False, timeout=timeout)
         self.parts: list[FSDPModule] = []
+        self.writes_slices = write_slices
+        self._written: tuple[int, str] | None = None  # update of the newest folder, and its name
+        self._start: Path | None = None  # folder of the weights to begin with
 
     def setup_environment(self) -> None:
         """Join the processes to one group, all of which have a slice of every weight."""
@@ -74,6 +87,8 @@ class Sharded(ModelParallelStrategy):
             part.set_reshard_after_backward(False)
         register_fsdp_forward_method(policy.network, "hidden")
         self.model_to_device()
+        if self._start is not None:
+            fill_from_slices(self._start, self._sliced_weights())
         self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         self.gather()
@@ -107,6 +122,15 @@ class Sharded(ModelParallelStrategy):
                 if name in tensors:
                     parameter.copy_(_slice_of(tensors[name], parameter))
 
+    def fill_from_slices(self, folder: Path) -> None:
+        """Fill the trained parameters from the slices of a checkpoint, each process what it holds.
+
+        Raises:
+            ValueError: if the folder is broken.
+        """
+        with self.expose_slices():
+            fill_from_slices(folder, self._sliced_weights())
+
     def optimizer_step(
         self,
         optimizer: Optimizer,
@@ -120,6 +144,10 @@ class Sharded(ModelParallelStrategy):
         return result
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return what the file of a checkpoint holds of the module: its whole tensors, or {} for slices."""
+        return {} if self.writes_slices else self.whole_state_dict()
+
+    def whole_state_dict(self) -> dict[str, Any]:
         """Return the whole tensors of the module on the CPU of the first process, {} on the others."""
         assert self.lightning_module is not None
         with self.expose_slices():
@@ -127,34 +155,77 @@ class Sharded(ModelParallelStrategy):
             return self._whole(state)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return, on the first process, the optimizer state that a single process would have."""
+        """Return what the file of a checkpoint holds of an optimizer.
+
+        On the first process this is the state that a single process would have, without tensors for slices.
+        """
         state = (optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
+        if self.writes_slices:
+            return {**state, "state": {}}
         entries = {number: self._whole(entry) for number, entry in state["state"].items()}
         return {**state, "state": entries}
 
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write the file of a checkpoint; before it, the folder that it names if it is to hold slices."""
+        if self.writes_slices:
+            checkpoint[SLICES] = self._write_slices(Path(filepath).parent)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Fill the weights of the module, which are not sliced yet."""
+        """Fill the weights of the module, which are not sliced yet; slices are left to `setup`."""
         assert self.lightning_module is not None
-        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        self._start = checkpoint.get(SLICES)
+        if self._start is None:
+            self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load this process's slices of a whole optimizer state."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        """Load this process's slices of a whole optimizer state, or of one in slices."""
+        for index, (optimizer, state) in enumerate(
+            zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
+        ):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             entries = {
                 number: {name: _slice_of(value, parameters[number]) for name, value in entry.items()}
                 for number, entry in state["state"].items()
             }
+            if SLICES in checkpoint:
+                named = {
+                    optimizer_name(index, number, name): value
+                    for number, entry in entries.items()
+                    for name, value in entry.items()
+                }
+                fill_from_slices(checkpoint[SLICES], named)
             optimizer.load_state_dict({**state, "state": entries})
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a checkpoint; processes of a machine share its pages, which are read as they are used."""
-        checkpoint: dict[str, Any] = torch.load(
-            checkpoint_path, map_location="cpu", weights_only=weights_only, mmap=True
-        )
-        return checkpoint
+        return describe_checkpoint(checkpoint_path)
+
+    def _write_slices(self, folder: Path) -> str:
+        """Write the slices of this update to a new folder in `folder`, once, and return its name."""
+        module = self.lightning_module
+        assert module is not None
+        update = module.updates
+        if self._written is None or self._written[0] != update:
+            name = self.broadcast(unused_name(folder, update))
+            with self.expose_slices():
+                tensors = self._sliced_weights()
+                for index, optimizer in enumerate(self.optimizers):
+                    for number, entries in optimizer.state_dict()["state"].items():
+                        tensors |= {optimizer_name(index, number, key): t for key, t in entries.items()}
+                write_slices(folder / name, tensors)
+            self._written = (update, name)
+        return self._written[1]
+
+    def _sliced_weights(self) -> dict[str, Tensor]:
+        """Return the trained parameters, which must be slices now, by their names in a folder."""
+        assert self.lightning_module is not None
+        named = self.lightning_module.named_parameters()
+        return {f"{WEIGHT}{name}": p.detach() for name, p in named if p.requires_grad}
 
     def _whole(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """Return whole tensors on the CPU of the first process, {} on the others, gathered one by one."""
@@ -173,9 +244,14 @@ def sharding_of(module: pl.LightningModule) -> Sharded | None:
 
 
 def _slice_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return this process's slice of a whole tensor [...], if `like` has its shape and is sliced."""
+    """Return this process's slice of a whole tensor [...], if `like` has its shape and is sliced.
+
+    For a tensor without storage this is room for the slice.
+    """
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:
-        return tensor
+        return torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
+    if tensor.is_meta:
+        return torch.empty_like(like, dtype=tensor.dtype)
     # a view would keep the whole tensor
     sliced = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return sliced.clone()

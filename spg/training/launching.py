@@ -1,86 +1,116 @@
-"""Several processes of one run on this machine: start the others, watch them, end them.
+"""Several processes of one run: start the others if no launcher has, watch them, end them.
 
-Lightning finds its environment set and joins the processes to one group (strategy `ddp` or `fsdp`). The
-others are started here, as `python -m spg.train resume=<run>`. So each reads the configuration that the first
-one wrote, and if one dies, a message says what to do.
+Lightning finds its environment set and joins the processes to one group (strategy `ddp` or `fsdp`). Under
+torchrun and SLURM they exist already. Otherwise they are started here, as `python -m spg.train resume=<run>`.
+In all three cases they are connected (`spg.core.link`), read the configuration that the first one wrote, and
+name a process that dies.
+
+Lightning's own launcher is not used. It runs this process's command line again, so that each process would
+compose a configuration of its own, and it knows nothing of a run that goes on, or of one in a multirun.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 import torch
+from omegaconf import OmegaConf
 
+from spg.core import link
 from spg.core.console import take_over_logging
-from spg.core.errors import RunError
+from spg.core.errors import RunError, exit_code
+from spg.core.files import digest
+from spg.core.link import GRACE, Hub, Member
 from spg.core.memory import keep_freed_memory
-from spg.core.process import RANK, rank
+from spg.core.process import RANK, place, rank
+from spg.runs.lifecycle import Run
+from spg.runs.status import record_death, write_status
 
-# seconds that the others get to end by themselves after one has died
-GRACE = 20.0
 _NAMES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
-_PARENT = "SPG_PARENT"
 
 
 class Processes:
     """The processes of a run other than this one, for the time of a `with` block.
 
-    In a process that is not the first, and for a count of 1, nothing is started.
+    If the run has one process, nothing happens. In a process that is not the first, the block only says that
+    it is ready.
 
     Args:
+        run: The run.
         arguments: Arguments of `python -m spg.train` for the other processes.
         count: Number of processes of the run, this one included.
-        abort: Called with a message if another process dies, after GRACE seconds in which this process may
-            have noticed and left the block by itself.
-
-    Raises:
-        RunError: if another launcher has started this process as one of several.
     """
 
-    def __init__(self, arguments: Sequence[str], count: int, abort: Callable[[str], None]) -> None:
-        self.arguments = arguments
+    def __init__(self, run: Run, arguments: Sequence[str], count: int) -> None:
+        self.run = run
+        self.arguments = list(arguments)
         self.count = count
-        self.abort = abort
-        self.others: list[subprocess.Popen[bytes]] = []
-        self._over = threading.Event()
+        self.others: dict[int, subprocess.Popen[bytes]] = {}
+        self._hub: Hub | None = None
+        self._watch(link.current())  # processes that a launcher started may die before the block begins
 
     def __enter__(self) -> Self:
         # Lightning sets these too, for a single process as well: the next run of a multirun starts clean
         self._environment = {name: os.environ.get(name) for name in _NAMES}
-        if self.count == 1 or rank() > 0:
+        if self.count == 1:
             return self
-        if "LOCAL_RANK" in os.environ:
-            raise RunError(
-                "this process was started by torchrun or another launcher (LOCAL_RANK is set), but a run "
-                "starts its processes itself: python -m spg.train trainer=ddp trainer.devices=<number>"
-            )
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        values = ("127.0.0.1", str(port), "0", "0", str(self.count))
+        connection = link.current()
+        if isinstance(connection, Member):
+            connection.say("ready")
+            return self
+        self._hub = connection if isinstance(connection, Hub) else self._start()
+        environment = {}
+        if place().launcher == "slurm":  # two steps of a job, or two jobs, would take the same port
+            environment = {"MASTER_PORT": str(_free_port())}
+            os.environ.update(environment)
+        file = self.run.folder / "config.yaml"
+        # this process writes the changes of a run that goes on when the others have read the file, or before
+        contents = (file.read_bytes(), OmegaConf.to_yaml(self.run.cfg, resolve=True).encode())
+        self._hub.tell(
+            file=str(file.absolute()),
+            digests=[digest(content) for content in contents],
+            arguments=self.arguments,
+            environment=environment,
+        )
+        return self
+
+    def _start(self) -> Hub:
+        """Start the other processes on this machine."""
+        token = secrets.token_hex(8)
+        hub = Hub(self.count, token, [0], "127.0.0.1")
+        hub.explain = self._explain
+        values = ("127.0.0.1", str(_free_port()), "0", "0", str(self.count))
         os.environ.update(zip(_NAMES, values, strict=True))
         command = [sys.executable, "-m", "spg.train", *self.arguments]
         for number in range(1, self.count):
-            own = {"LOCAL_RANK": str(number), RANK: str(number), _PARENT: str(os.getpid())}
-            self.others.append(subprocess.Popen(command, env={**os.environ, **own}, start_new_session=True))
-        threading.Thread(target=self._watch, daemon=True).start()
-        return self
+            own = {
+                "LOCAL_RANK": str(number),
+                RANK: str(number),
+                link.VARIABLE: f"{hub.port} {self.count} {token}",
+            }
+            self.others[number] = subprocess.Popen(command, env={**os.environ, **own}, start_new_session=True)
+        link.use(hub)
+        self._watch(hub)
+        threading.Thread(target=self._watch_starts, args=(hub,), daemon=True).start()
+        return hub
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over.set()
-        died = self._end_others(error)
+        died = None
+        if self._hub is not None:
+            died = self._end_others(self._hub, error)
         if rank() == 0:
             for name, value in self._environment.items():
                 if value is None:
@@ -91,46 +121,76 @@ class Processes:
         if died is not None and isinstance(error, RuntimeError):
             raise RunError(f"{died}; the others were ended") from error
 
-    def _end_others(self, error: BaseException | None) -> str | None:
+    def _end_others(self, hub: Hub, error: BaseException | None) -> str | None:
         """Wait for the others, or end them after a failure; return a message if one had died before."""
-        died = None
         if isinstance(error, RuntimeError):
-            deadline = time.monotonic() + 2.0
-            while self.others and died is None and time.monotonic() < deadline:
-                time.sleep(0.1)
-                died = self._find_dead()
+            hub.died.wait(5.0)
         # after an error in this process they wait for it in vain
         patience = 2.0 if isinstance(error, Exception) and not isinstance(error, RunError) else GRACE
         deadline = time.monotonic() + patience
-        for other in self.others:
+        if error is None:
+            hub.wait_for("bye", patience)
+        if not self.others:
+            return hub.dead  # their launcher ends them, or `Hub.end` when this process ends
+        hub.end(0 if error is None else exit_code(error))
+        for other in self.others.values():
             try:
                 other.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 other.kill()
                 other.wait()
-        return died
+        link.use(None)
+        return hub.dead
 
-    def _find_dead(self) -> str | None:
-        """Return a message about a process that ended by a signal or an error, None if there is none."""
-        for number, other in enumerate(self.others, start=1):
-            code = other.poll()
-            if code is not None and code != 0:
-                how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-                return f"process {number} of {self.count} ended unexpectedly ({how})"
-        return None
+    def _explain(self, number: int) -> str:
+        """Return how a process that this one started has ended."""
+        try:
+            code = self.others[number].wait(2.0)
+        except subprocess.TimeoutExpired:
+            return ""
+        return f" (signal {signal.Signals(-code).name})" if code < 0 else f" (exit code {code})"
 
-    def _watch(self) -> None:
-        while not self._over.wait(1.0):
-            died = self._find_dead()
-            if died is not None and not self._over.wait(GRACE):
-                for other in self.others:
-                    other.kill()
-                self.abort(f"{died}; the others were ended")
-                return
+    def _watch_starts(self, hub: Hub) -> None:
+        """Name a process that dies before it has connected."""
+        while not hub.over.wait(1.0) and not hub.died.is_set():
+            for number, other in self.others.items():
+                if other.poll() not in (None, 0) and number not in hub.others:
+                    hub.lose(f"the process of rank {number} ended unexpectedly{self._explain(number)}")
+
+    def _watch(self, connection: link.Link | None) -> None:
+        """Let this process say what happened to another one, and end if it can't go on."""
+        if connection is not None:
+            connection.on_death, connection.abort = self._notice, self._abort
+
+    def _notice(self, text: str) -> None:
+        """Write at once what happened, since a launcher may end this process soon; say it on each node."""
+        folder = self.run.folder
+        if rank() == 0:
+            write_status(folder, state="failed", error=text)
+        elif record_death(folder, text) or place().local_rank == 0:
+            self._say(text)
+
+    def _abort(self, text: str) -> None:
+        for other in self.others.values():
+            other.kill()
+        if rank() == 0:
+            self._say(f"{text}; the others were ended")
+        os._exit(1)
+
+    def _say(self, text: str) -> None:
+        command = place().command(f"resume={self.run.folder}")
+        os.write(2, f"{text}; go on with: {command}\n".encode())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def prepare_process(threads: int) -> None:
-    """Set this process up to train: its log, memory, threads, and its end if the first process ends.
+    """Set this process up to train: its log, memory and threads.
 
     Args:
         threads: CPU threads that torch uses.
@@ -138,19 +198,5 @@ def prepare_process(threads: int) -> None:
     take_over_logging()
     if rank() > 0:
         logging.getLogger().setLevel(logging.WARNING)
-        end_with_parent()
     keep_freed_memory()
     torch.set_num_threads(threads)
-
-
-def end_with_parent() -> None:
-    """End this process when the one that started it has ended; a blocked collective would not notice."""
-    parent = int(os.environ[_PARENT])
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.write(2, b"the first process of this run is gone: this one ends\n")
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

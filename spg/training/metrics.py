@@ -29,39 +29,46 @@ def rollout_metrics(
     if timing.steps is not None:
         own["sampling/steps"] = timing.steps
     rows = world.gather(torch.stack([row.float() for row in own.values()], 1))
-    means = dict(zip(own, rows.mean(0).tolist(), strict=True))
     spread = rows[:, 0].view(-1, group_size).std(-1)
-    tokens = world.gather(torch.tensor([timing.tokens], device=rows.device)).sum()
+    tokens = world.gather(timing.tokens.view(1)).sum()
+    spreads = torch.stack([spread.mean(), (spread == 0).float().mean()])
+    # in float64, which holds every number of tokens; the device is waited for once
+    *values, mean_spread, without_spread, decoded = torch.cat(
+        [rows.mean(0).double(), spreads.double(), tokens.double().view(1)]
+    ).tolist()
+    means = dict(zip(own, values, strict=True))
     if timing.steps is not None:
-        means["sampling/tokens_per_step"] = float(tokens) / max(1.0, means["sampling/steps"] * len(rows))
+        means["sampling/tokens_per_step"] = decoded / max(1.0, means["sampling/steps"] * len(rows))
     return {
         **means,
-        "reward_std": float(spread.mean()),
-        "frac_reward_zero_std": float((spread == 0).float().mean()),
+        "reward_std": mean_spread,
+        "frac_reward_zero_std": without_spread,
         "time/rollout": timing.rollout,
         "time/reward": timing.reward,
-        "throughput/tokens_per_s": float(tokens) / timing.rollout,
+        "throughput/tokens_per_s": decoded / timing.rollout,
     }
 
 
 def update_metrics(
-    result: ObjectiveResult, batch: UpdateBatch, learned: Tensor, world: World
-) -> tuple[float, dict[str, float], float]:
-    """Sum what the processes computed in an update.
+    result: ObjectiveResult, batch: UpdateBatch, learned: Tensor, norm: Tensor, world: World
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Sum what the processes computed in an update. The device is waited for once.
 
     Args:
         result: This process's share of the loss, and its figures.
         batch: The sequences that it comes from.
         learned: The sequences that the objective learns from, bool [B].
+        norm: Norm of the whole gradient, [].
         world: The processes.
 
     Returns:
-        The loss, the figures' means over the sequences that are learned from, and the masked copies that
-        were computed per such sequence.
+        The figures' means over the sequences that are learned from; and `loss`, the masked copies that were
+        computed per such sequence (`masked_copies`), and `grad_norm`.
     """
     computed = (learned.unsqueeze(-1) & batch.samples.scored.any(-1)).sum()
     figures = [(figure * learned).sum() for figure in result.figures.values()]
     sums = torch.stack([result.loss.detach(), learned.sum(), computed, *figures])
-    loss, count, copies, *rest = world.gather(sums.unsqueeze(0)).sum(0).tolist()
+    summed = world.gather(sums.unsqueeze(0)).sum(0)
+    grad_norm, loss, count, copies, *rest = torch.cat([norm.view(1), summed]).tolist()
     means = {name: value / max(count, 1) for name, value in zip(result.figures, rest, strict=True)}
-    return loss, means, copies / max(count, 1)
+    return means, {"loss": loss, "masked_copies": copies / max(count, 1), "grad_norm": grad_norm}

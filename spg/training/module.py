@@ -173,16 +173,16 @@ class Training(ResumableModule):
         result = self.gradient.add(batch, BackwardPasses.of(self, self.world))
         norm = clip_gradients(self.weights.with_gradients(optimizer), self.optimization.max_grad_norm)
         learned = self.objective.learns_from(batch.experience)
-        loss, means, copies = update_metrics(result, batch, learned, self.world)
-        for name, value in (("loss", loss), ("gradient", norm)):
-            if not math.isfinite(value):
+        means, whole = update_metrics(result, batch, learned, norm, self.world)
+        for name, key in (("loss", "loss"), ("gradient", "grad_norm")):
+            if not math.isfinite(whole[key]):
                 raise self.describe_failure(name, batch.experience, batch)
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         scheduler.step()
         if isinstance(self.objective, Adaptive):
             means = self.objective.adapt(means)
-        return {"loss": loss, **means, "masked_copies": copies, "grad_norm": norm, "lr": lr}
+        return {"loss": whole.pop("loss"), **means, **whole, "lr": lr}
 
     def evaluate(self, split: str) -> Evaluation:
         """Decode and measure the completions of a split, each once, whatever the number of processes."""

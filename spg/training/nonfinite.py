@@ -111,7 +111,8 @@ def _has_finite_gradient(batch: UpdateBatch, row: int, gradient: ExactGradient) 
     for piece in gradient.split(one):
         own = members[piece.rows] == row
         if bool(own.any()):
-            kept = replace(piece, rows=piece.rows[own], draws=piece.draws[own])
+            scored = [number for number, kept in zip(piece.scored, own.tolist(), strict=True) if kept]
+            kept = replace(piece, rows=piece.rows[own], draws=piece.draws[own], scored=scored)
             logps = logps.index_put(kept.at, gradient.token_logps(one, kept))
     if not logps.requires_grad:
         return True

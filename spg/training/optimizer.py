@@ -32,10 +32,10 @@ def make_optimizer(
     return optimizer, LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / (warmup + 1)))
 
 
-def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
-    """Scale the gradients of `parameters` [...] down to `max_norm` together; return their norm before."""
+def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
+    """Scale the gradients of `parameters` [...] down to `max_norm` together; return their norm before, []."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return float(norm)
+    return norm

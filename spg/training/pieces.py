@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spg.core.combinations import Couples
+from spg.core.devices import first_places
 from spg.core.types import UpdateBatch
 
 
@@ -26,12 +27,14 @@ class Piece:
         draws: Number of each one's draw [K].
         padding: Columns of padding that all of them have.
         padded: Whether any of them has more.
+        scored: Number of each one's scored positions.
     """
 
     rows: Tensor
     draws: Tensor
     padding: int
     padded: bool
+    scored: list[int]
 
     @property
     def at(self) -> tuple[Tensor, Tensor]:
@@ -49,6 +52,7 @@ class Copies:
         counts: How many there are of each of the B sequences.
         paddings: Each sequence's columns of padding.
         groups: Each sequence's group number.
+        scored: Number of each copy's scored positions.
     """
 
     rows: Tensor
@@ -56,17 +60,19 @@ class Copies:
     counts: list[int]
     paddings: list[int]
     groups: list[int]
+    scored: list[int]
 
     @classmethod
     def of(cls, batch: UpdateBatch, learned: Tensor) -> Copies:
         """Return the copies, of sequences that are `learned` from [B], that score any position."""
         rollout = batch.experience.rollout
-        computed = learned.unsqueeze(-1) & batch.samples.scored.any(-1)
+        scored = batch.samples.scored.sum(-1) * learned.unsqueeze(-1)
         paddings = (~rollout.prompt_mask).sum(-1)
-        known = torch.stack([computed.sum(-1), paddings, rollout.group]).tolist()  # the device is waited for
-        order = computed.flatten().byte().argsort(descending=True, stable=True)[: sum(known[0])]
-        draws = computed.shape[1]
-        return cls(order // draws, order % draws, *known)
+        columns = torch.stack([(scored > 0).sum(-1), paddings, rollout.group, *scored.T])
+        counts, padding, groups, *numbers = columns.tolist()  # the device is waited for
+        order = first_places((scored > 0).flatten(), sum(counts))
+        own = [number for row in zip(*numbers, strict=True) for number in row if number]
+        return cls(order // len(numbers), order % len(numbers), counts, padding, groups, own)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,7 +120,8 @@ class Copies:
         """Return the copies from number `start` to `stop`."""
         paddings = {self.paddings[row] for row in self._sequences[start:stop]}
         fewest = min(paddings, default=0)
-        return Piece(self.rows[start:stop], self.draws[start:stop], fewest, len(paddings) > 1)
+        place = slice(start, stop)
+        return Piece(self.rows[place], self.draws[place], fewest, len(paddings) > 1, self.scored[place])
 
     @cached_property
     def _sequences(self) -> list[int]:

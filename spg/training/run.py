@@ -32,6 +32,7 @@ from spg.training.callbacks import (
     Samples,
     Validation,
 )
+from spg.training.checkpoint import processes_of
 from spg.training.environment import fixed_arguments
 from spg.training.fsdp import Sharded, sharding_of
 from spg.training.loggers import MetricsCSV, wandb_logger
@@ -57,11 +58,11 @@ class Rollouts:
         return self.module.remaining_prompts()
 
 
-def make_strategy(name: str) -> str | Strategy:
-    """Return Lightning's strategy for the setting trainer.strategy; processes wait up to PATIENCE."""
-    if name == "fsdp":
-        return Sharded(PATIENCE)
-    return DDPStrategy(timeout=PATIENCE) if name == "ddp" else name
+def make_strategy(settings: TrainerSettings) -> str | Strategy:
+    """Return Lightning's strategy for the settings; processes wait up to PATIENCE."""
+    if settings.strategy == "fsdp":
+        return Sharded(PATIENCE, write_slices=settings.checkpoint_format == "sharded")
+    return DDPStrategy(timeout=PATIENCE) if settings.strategy == "ddp" else settings.strategy
 
 
 def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | None = None) -> bool:
@@ -85,7 +86,7 @@ def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | No
     first = rank() == 0
     module.started = run.started
     saved = run.folder / "checkpoints"
-    interruption = Interruption()
+    interruption = Interruption(run.stop)
     validation = Validation(settings.validate_every)
     tested = BeforeAndAfter(saved / "best.ckpt", validation)
     checkpoints = Checkpoints(settings.checkpoint_every, saved, validation, interruption, settings.keep_every)
@@ -94,13 +95,13 @@ def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | No
     if first:
         metrics = MetricsCSV(run.folder)
         if start is not None:
-            _rewind(module, start, run, metrics, validation)
+            _rewind(module, start, run, settings, metrics, validation)
         loggers = [metrics, *_open(run)]
         callbacks = [ProgressBar(), *callbacks, Samples(settings.samples_every)]
     with interruption.listen():
         trainer = pl.Trainer(
             accelerator=settings.accelerator,
-            strategy=make_strategy(settings.strategy),
+            strategy=make_strategy(settings),
             devices=settings.devices,
             num_nodes=settings.nodes,
             precision="32-true",  # the policy has a precision of its own
@@ -108,6 +109,7 @@ def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | No
             callbacks=callbacks,
             **fixed_arguments(run.folder),
         )
+        interruption.keep_signals(trainer)
         trainer.fit(module, Rollouts(module), ckpt_path=start and start.path, weights_only=True)
         if module.updates < module.max_updates:
             raise Interrupted(f"stopped after update {module.updates}, which is saved")
@@ -118,19 +120,32 @@ def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | No
     return interruption.asked
 
 
-def _rewind(module: Training, start: Start, run: Run, metrics: MetricsCSV, validation: Validation) -> None:
+def _rewind(
+    module: Training,
+    start: Start,
+    run: Run,
+    settings: TrainerSettings,
+    metrics: MetricsCSV,
+    validation: Validation,
+) -> None:
     """Set module, metrics and files back to `start`; raise RunError before anything is written."""
     module.on_load_checkpoint(start.state)
     metrics.up_to(module.updates)
     rewind_files(start, run.folder / "checkpoints", validation)
     metrics.cut(module.updates)
     log.info("Going on after update %d (%s)", module.updates, start.path.name)
+    before, now = processes_of(start.state), settings.nodes * settings.devices
+    if before != now:
+        log.info(
+            "%d processes go on with the work of %d: rounding changes, and the noise of an adapter's dropout",
+            now,
+            before,
+        )
 
 
 def _open(run: Run) -> list[Logger]:
     """Write that the run is running, and with what; return the W&B logger if one is asked for."""
-    if run.changes:
-        write_config(run.cfg, run.folder)
+    write_config(run.cfg, run.folder)
     write_status(run.folder, state="running", error=None, max_updates=run.cfg.trainer.max_updates)
     if run.cfg.logger.wandb is None:
         return []

@@ -29,6 +29,7 @@ class TrainerSettings:
         cut_completions: Whether updates leave out masked positions after the longest completion.
         keep_every: Updates between two checkpoints that are kept; None for none.
         nodes: Number of machines.
+        checkpoint_format: Whether a checkpoint holds whole tensors, or each process writes its slices.
     """
 
     accelerator: Literal["cpu", "cuda", "auto"]
@@ -45,6 +46,7 @@ class TrainerSettings:
     cut_completions: bool = False
     keep_every: Count | None = None
     nodes: Count = 1
+    checkpoint_format: Literal["whole", "sharded"] = "whole"
 
     @classmethod
     def of(cls, node: Mapping[Any, Any]) -> Self:

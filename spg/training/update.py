@@ -174,14 +174,15 @@ class ExactGradient:
                 is still the policy that made the rollout, and `old` is left out.
         """
         old, reference = None, None
+        pieces = self.split(batch) if self.objective.needs else []
         if "old" in self.objective.needs and policy_changes:
             was_training = self.policy.training
             self.policy.eval()
-            old = self.all_logps(batch)
+            old = self.all_logps(batch, pieces)
             self.policy.train(was_training)
         if "reference" in self.objective.needs:
             with self.policy.as_reference():
-                reference = self.all_logps(batch)
+                reference = self.all_logps(batch, pieces)
         return replace(batch, old=old, reference=reference)
 
     def all_logps(
@@ -218,7 +219,7 @@ class ExactGradient:
         tokens = batch.samples.tokens[piece.at][:, piece.padding :]
         mask = rollout.attention_mask[piece.rows][:, piece.padding :] if piece.padded else None
         targets, scored = rollout.completion_ids[piece.rows], batch.samples.scored[piece.at]
-        return self.policy.token_logps(tokens, mask, targets, scored)
+        return self.policy.token_logps(tokens, mask, targets, scored, piece.scored)
 
     def _zero(self, batch: UpdateBatch) -> Tensor:
         """Return a zero that depends on all weights: log-probabilities at one position, times 0."""
@@ -227,7 +228,7 @@ class ExactGradient:
         scored[:, 0] = True
         mask = rollout.attention_mask[:1]
         tokens, targets = samples.tokens[:1, 0], rollout.completion_ids[:1]
-        return self.policy.token_logps(tokens, mask, targets, scored).sum() * 0.0
+        return self.policy.token_logps(tokens, mask, targets, scored, [1]).sum() * 0.0
 
 
 def truncate_to_learned(

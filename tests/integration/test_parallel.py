@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -121,12 +122,14 @@ def test_when_one_process_dies_the_others_end(tmp_path: Path, victim: str) -> No
     assert time.monotonic() - started < 60
     if victim == "other":
         assert first.returncode == 1
-        assert "process 1 of 2 ended unexpectedly (signal SIGKILL); the others were ended" in text
+        name = f"the process of rank 1 (of 2 processes; host {socket.gethostname()}, pid {other})"
+        assert f"{name} ended unexpectedly (signal SIGKILL); the others were ended" in text
         assert f"python -m spg.train resume={folder}" in text
         assert "Traceback" not in text
-        assert read_status(folder)["state"] == "failed"
     else:
-        assert "the first process of this run is gone" in text
+        assert f"the process of rank 0 (of 2 processes; host {socket.gethostname()}, pid {first.pid})" in text
+        assert f"ended unexpectedly; go on with: python -m spg.train resume={folder}" in text
+    assert read_status(folder)["state"] == "failed", "who is left writes it"
     assert torch.load(folder / "checkpoints/last.ckpt")["spg"]["updates"] >= 4, "whole"
 
 
@@ -202,7 +205,38 @@ def test_shares_of_an_evaluation_cover_each_item_once(processes: int) -> None:
     assert joined.measures["accuracy"].tolist() == whole.measures["accuracy"].tolist()
 
 
-def test_a_run_of_one_process_is_not_resumed_by_two(tmp_path: Path) -> None:
+def test_a_run_that_another_number_of_processes_resumes_shares_its_prompts_out(tmp_path: Path) -> None:
     folder = train_here(tmp_path / "run", "trainer.max_updates=4", "task.eval_size=4")
-    with pytest.raises(ConfigError, match=r"trainer\.devices=2: a run goes on with its own settings"):
+    with pytest.raises(ConfigError, match=r"prompts_per_rollout=16 can't be shared out .* multiple of 3"):
+        resume(str(folder), ["trainer.devices=3", "trainer.strategy=ddp", "trainer.max_updates=8"])
+    with pytest.raises(ConfigError, match=r"trainer\.devices=2 needs .*trainer\.strategy=ddp with resume"):
         resume(str(folder), ["trainer.devices=2", "trainer.max_updates=8"])
+    assert read_status(folder)["state"] == "finished"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("ddp", 2), ("auto", 1)),
+        (("auto", 1), ("ddp", 2)),
+        (("ddp", 2), ("ddp", 3)),
+        (("ddp", 2), ("fsdp", 2)),
+        (("fsdp", 2), ("auto", 1)),
+        (("fsdp", 2), ("ddp", 3)),
+    ],
+)
+def test_another_number_of_processes_goes_on_with_the_same_update(
+    tmp_path: Path, before: tuple[str, int], after: tuple[str, int]
+) -> None:
+    """A run that is resumed by more or fewer processes equals one of one process, up to rounding."""
+    lines = [*QUICK, *SMALL, "trainer.prompts_per_rollout=6", "trainer.accelerator=cpu"]
+    folder = tmp_path / "several"
+    first, second = ([f"trainer.strategy={name}", f"trainer.devices={n}"] for name, n in (before, after))
+    run("train", *lines, *first, "trainer.max_updates=2", folder=folder)
+    text = run("train", f"resume={folder}", "trainer.max_updates=4", *second)
+    assert "Going on after update 2" in text
+    words = f"{after[1]} processes go on with the work of {before[1]}: rounding changes"
+    assert (words in text) == (before[1] != after[1])
+    train_here(tmp_path / "one", *lines)
+    close(tmp_path / "one", folder)

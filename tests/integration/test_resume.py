@@ -15,6 +15,7 @@ import torch
 
 from spg.cli.train import resume
 from spg.config import ConfigError
+from spg.core.checksums import is_whole
 from spg.core.errors import Interrupted, RunError
 from spg.core.files import read_csv
 from spg.runs.status import lock, read_status, write_status
@@ -160,19 +161,73 @@ def of_another_model(path: Path) -> None:
     torch.save(checkpoint, path)
 
 
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = [
+    (break_in_half, "can't be read as a checkpoint"),
+    (lambda path: path.write_bytes(b""), "can't be read as a checkpoint"),
+    (lambda path: path.write_text("hello"), "can't be read as a checkpoint"),
+    (make_foreign, "is not a checkpoint of spg.train"),
+    (flip_a_byte, "is broken: it does not have the checksum that was stored when it was written"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "words"), DAMAGES)
+def test_a_broken_checkpoint_is_noticed_and_nothing_overwritten(stopped: Path, spoil, words: str) -> None:
+    """No other one is there; the user may also name it."""
+    last = stopped / "checkpoints" / "last.ckpt"
+    (stopped / "checkpoints" / "best.ckpt").unlink()
+    spoil(last)
+    before = everything(stopped)
+    for target in (stopped, last):
+        with pytest.raises(RunError, match=words):
+            resume(str(target), [])
+        assert everything(stopped) == before
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [flip_a_byte, *(pytest.param(damage[0], marks=pytest.mark.long) for damage in DAMAGES[:-1])],
+)
+def test_the_run_goes_on_from_the_newest_whole_checkpoint(
+    tmp_path: Path, spoil, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    stop_after(8, folder, "trainer.max_updates=12", "trainer.keep_every=4", "trainer.validate_every=12")
+    saved = folder / "checkpoints"
+    assert {path.name for path in saved.glob("*.ckpt")} == {
+        "last.ckpt",
+        "update-000004.ckpt",
+        "update-000008.ckpt",
+    }
+    spoil(saved / "last.ckpt")
+    flip_a_byte(saved / "update-000008.ckpt")
+    resume(str(folder), [])
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith(f"{saved / 'last.ckpt'} ")
+    assert line.endswith("; going on from update-000004.ckpt, of update 4")
+    assert read_status(folder)["state"] == "finished"
+    assert [row["update"] for row in comparable(folder)] == [str(update) for update in range(13)]
+    assert all(is_whole(saved / name) for name in ("last.ckpt", "update-000008.ckpt", "best.ckpt"))
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (break_in_half, "can't be read as a checkpoint"),
-        (lambda path: path.write_bytes(b""), "can't be read as a checkpoint"),
-        (lambda path: path.write_text("hello"), "can't be read as a checkpoint"),
-        (make_foreign, "is not a checkpoint of spg.train"),
         (of_another_run, "belongs to a run with seed=17, this one has seed=0"),
         (of_another_model, "does not fit the model: policy.network"),
     ],
 )
-def test_a_bad_checkpoint_is_refused_and_nothing_overwritten(stopped: Path, spoil, words: str) -> None:
+def test_a_checkpoint_of_another_run_is_refused_and_nothing_overwritten(
+    stopped: Path, spoil, words: str
+) -> None:
+    """Checkpoints of version 0.5 have no checksum."""
     spoil(stopped / "checkpoints" / "last.ckpt")
+    (stopped / "checkpoints" / "last.ckpt.sha256").unlink()
     before = everything(stopped)
     with pytest.raises(RunError, match=words):
         resume(str(stopped), [])
@@ -350,9 +405,9 @@ def test_a_full_disk_is_told_and_leaves_what_was_saved(tmp_path: Path) -> None:
     before = everything(folder / "checkpoints")
     done = warm.run(command("tests.faults", "full_disk=1000", "spg.train", f"resume={folder}"), cwd=ROOT)
     assert done.returncode == 1, done.stderr
-    assert "could not be written" in done.stderr
-    assert f"python -m spg.train resume={folder}" in done.stderr
-    assert "Traceback" not in done.stderr
+    told, how = done.stderr.splitlines()
+    assert "could not be written" in told
+    assert how == f"Go on with: python -m spg.train resume={folder}"
     assert everything(folder / "checkpoints") == before
     resume(str(folder), [])
     assert same_run(whole, folder)

@@ -89,7 +89,7 @@ class BlockWise(MonteCarloMasking):
 
     def _pick(self, region: Tensor, block: Tensor, picks: int, streams: Streams) -> Tensor:
         """Draw the numbers of `picks` blocks for each sequence, [B picks]."""
-        batch, num_blocks = region.shape[0], int(block[-1]) + 1
+        batch, num_blocks = region.shape[0], -(-region.shape[1] // self.block_size)
         occupied = torch.zeros(batch, num_blocks, dtype=torch.long, device=region.device)
         occupied = occupied.index_add(1, block, region.long()) > 0
         eligible = occupied.sum(-1).clamp_min(1)

@@ -44,10 +44,11 @@ class DPO:
         self.dpo_beta = dpo_beta
         self.sft_coef = sft_coef
         self.needs = frozenset({"reference"})
+        self._pairs: Tensor | None = None  # the last group numbers that were found to be of pairs
 
     def learns_from(self, experience: Experience) -> Tensor:
         """Return bool [B]: sequences of a pair with a preference; ValueError if groups are not pairs."""
-        other = partners(experience.rollout.group)
+        other = self._find(experience.rollout.group)
         return experience.advantages != experience.advantages[other]
 
     def __call__(self, token_logps: Tensor, batch: UpdateBatch) -> ObjectiveResult:
@@ -59,9 +60,9 @@ class DPO:
             ValueError: if the batch has no reference, or groups are not pairs.
         """
         samples, cohort, advantages = batch.samples, batch.cohort, batch.experience.advantages
-        find = _partners if batch.is_part else partners  # the whole batch was checked
-        other = find(batch.experience.rollout.group)
-        preferred = cohort.advantages > cohort.advantages[find(cohort.group)]
+        group = batch.experience.rollout.group
+        other = _partners(group) if batch.is_part else self._find(group)  # the whole batch was checked
+        preferred = cohort.advantages > cohort.advantages[_partners(cohort.group)]
         preferences = preferred.sum().clamp_min(1)
         bound = self.estimator(token_logps, samples).sum(-1)
         before = self.estimator(require_reference(batch, "DPO"), samples).sum(-1)
@@ -73,6 +74,13 @@ class DPO:
         loss = (losses * (advantages > advantages[other])).sum() / preferences
         figures = {"dpo/margin": margin, "dpo/accuracy": (margin > 0).float(), "bound/lower": bound}
         return ObjectiveResult(loss, figures)
+
+    def _find(self, group: Tensor) -> Tensor:
+        """Return `partners`; the device is waited for once, though an update asks several times."""
+        if group is not self._pairs:
+            found, self._pairs = partners(group), group
+            return found
+        return _partners(group)
 
 
 def partners(group: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from spg.core.errors import RunError
 from spg.evaluation.evaluator import Evaluation
-from spg.models.weights import read_checkpoint
+from spg.models.weights import describe_checkpoint
 from spg.runs.multirun import MOMENTS
 from spg.training.callbacks.validation import Validation
 from spg.training.module import Training
@@ -44,15 +44,14 @@ class BeforeAndAfter(pl.Callback):
         if module.updates < module.max_updates:
             return
         self.results["last"] = module.evaluate("test")
-        last, best = module.weights.copies(), read_checkpoint(self.best)
-        update, chosen = best["spg"]["updates"], self.validation.best
+        last = module.weights.copies()
+        update, chosen = describe_checkpoint(self.best)["spg"]["updates"], self.validation.best
         if chosen is None or chosen[0] != update:
             raise RunError(
                 f"{self.best} is of update {update}, but validation chose {chosen}; resume from an earlier "
                 "checkpoint of this run: resume=<its file>"
             )
-        module.weights.load(best["state_dict"])
-        del best
+        module.weights.load_file(self.best)
         self.results["after"] = module.evaluate("test")
         module.weights.load(last)
 

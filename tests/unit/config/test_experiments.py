@@ -216,9 +216,13 @@ def test_none_of_a_group_may_be_chosen_where_that_means_something() -> None:
 
 def test_processes_wait_for_rollouts_of_minutes() -> None:
     from spg.training.run import PATIENCE, make_strategy
+    from spg.training.settings import TrainerSettings
 
-    assert timedelta(hours=1) < PATIENCE == vars(make_strategy("ddp"))["_timeout"]
-    assert make_strategy("auto") == "auto"
+    def settings(strategy: str) -> TrainerSettings:
+        return TrainerSettings.of({**composed("").trainer, "strategy": strategy})
+
+    assert timedelta(hours=1) < PATIENCE == vars(make_strategy(settings("ddp")))["_timeout"]
+    assert make_strategy(settings("auto")) == "auto"
 
 
 def test_a_preset_runs_at_toy_size(tmp_path: Path) -> None:

@@ -48,6 +48,16 @@ def number_to_commit(confidences: list[float], threshold: float | None, factor: 
     return reached + 1 if reached in (0, len(best) - 1) else reached
 
 
+def states_of(policy: Policy, ids: Tensor, cache: Cache | None, window: slice) -> Tensor:
+    """Return the states of one row [L D], or zeros where a filled cache stands for the positions."""
+    if cache is None or not cache.filled:
+        return policy.network.hidden(ids, None, None, cache)[0]
+    part = policy.network.hidden(ids[:, window], None, None, cache, window.start)[0]
+    states = torch.zeros(ids.shape[1], part.shape[1])
+    states[window] = part
+    return states
+
+
 def slowly(
     policy: Policy,
     prompts: Prompts,
@@ -59,13 +69,18 @@ def slowly(
     temperature: float = 0.0,
     cache: str = "none",
     seed: int = 0,
+    scale: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Decode one row by itself, position by position; return tokens, steps and log-probabilities [T]."""
+    """Decode one row by itself, position by position; return tokens, steps and log-probabilities [T].
+
+    With a scale of guidance the row is computed a second time, with all that is known beforehand masked.
+    """
     one = alone(prompts, row)
     width, length = one.ids.shape[1], one.given.shape[1]
     tokens = [*one.ids[0].tolist()]
     for token, given in zip(one.template[0].tolist(), one.given[0].tolist(), strict=True):
         tokens.append(token if given else policy.mask_id)
+    known = torch.tensor([token != policy.mask_id for token in tokens])
     blocks = -(-length // block)
     noise = Streams(seed, one.index).uniform(blocks * block, block, dtype=torch.double)[0]
     steps, logps = torch.full((length,), -1), torch.zeros(length)
@@ -75,20 +90,21 @@ def slowly(
     for number, start in enumerate(range(0, length, block)):
         stop = min(start + block, length)
         unfilled = [p for p in range(start, stop) if not one.given[0, p]]
-        kept, step = Cache(), number * block
+        window = slice(width + start, width + (stop if cache == "dual" else length))
+        caches = [None, None] if cache == "none" else [Cache(), Cache()]
+        step = number * block
         while unfilled:
             ids = torch.tensor([tokens])
-            if cache == "none":
-                states = policy.network.hidden(ids)[0]
-            elif not kept.filled:
-                states = policy.network.hidden(ids, None, None, kept)[0]
-            else:
-                first, last = width + start, width + (stop if cache == "dual" else length)
-                part = policy.network.hidden(ids[:, first:last], None, None, kept, first)[0]
-                states = torch.cat([torch.zeros(first, part.shape[1]), part])
+            states = states_of(policy, ids, caches[0], window)
+            blank = states_of(policy, ids.masked_fill(known, policy.mask_id), caches[1], window)
             chosen: dict[int, tuple[float, int]] = {}
+            own: dict[int, float] = {}
             for p in unfilled:
                 logits = policy.network.logits(states[width + p])
+                plain = logits.log_softmax(-1)
+                if scale > 0:
+                    without = policy.network.logits(blank[width + p])
+                    logits = without + (scale + 1) * (logits - without)
                 allowed = logits.clone().double()
                 allowed[never] = -torch.inf
                 token = int(allowed.argmax())
@@ -96,10 +112,11 @@ def slowly(
                     sums = (allowed / temperature).softmax(-1).cumsum(-1)
                     token = int((sums <= noise[step, p - start] * sums[-1]).sum())
                 chosen[p] = (float(logits.softmax(-1)[token]), token)
+                own[p] = float(plain[token])
             count = number_to_commit([c for c, _ in chosen.values()], threshold, factor)
             for p in sorted(unfilled, key=lambda p: -chosen[p][0])[:count]:
                 tokens[width + p] = chosen[p][1]
-                steps[p], logps[p] = step, torch.tensor(chosen[p][0]).log()
+                steps[p], logps[p] = step, own[p]
                 unfilled.remove(p)
             step += 1
     return torch.tensor(tokens[width:]), steps, logps
@@ -323,7 +340,7 @@ def test_a_rollout_s_metrics_say_what_it_saved() -> None:
     assert rollout.steps_taken.tolist() == [2, 4, 1]
     experience = Experience(rollout, torch.ones(3), {"all": torch.ones(3)}, torch.zeros(3))
     found, plain = (
-        rollout_metrics(experience, CollectionStats(1.0, 1.0, 11, None, taken), 3, 0, World())
+        rollout_metrics(experience, CollectionStats(1.0, 1.0, torch.tensor(11), None, taken), 3, 0, World())
         for taken in (rollout.steps_taken, None)
     )
     assert found.keys() - plain.keys() == {"sampling/steps", "sampling/tokens_per_step"}

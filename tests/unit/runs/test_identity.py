@@ -65,8 +65,8 @@ def test_a_setting_with_another_name_in_a_run_s_file_is_named(key: str, to: str 
 
 
 def test_whole_configurations_are_complete(tmp_path: Path) -> None:
-    for lines in ([], ["model.lora=default", "logger=wandb"], ["algorithm=wd1", "task=countdown"]):
-        config.check_complete(config.compose("config", lines), tmp_path)
+    lines = ["model.lora=default", "logger=wandb", "algorithm=wd1", "task=countdown"]
+    config.check_complete(config.compose("config", lines), tmp_path)
     old = OmegaConf.load(Path(__file__).parents[2] / "data" / "runs-0.5" / "run" / "config.yaml")
     assert isinstance(old, DictConfig)
     config.check_complete(old, tmp_path)
