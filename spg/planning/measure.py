@@ -181,8 +181,8 @@ class Measure:
         self.policy.survey = []
         with self.computing():
             start = self.ledger.begin()
-            self.policy.eval()
-            complete(self.policy, self.training.evaluator, self.task, rows, numbers, numbers, seed=0)
+            with self.policy.decoding():
+                complete(self.policy, self.training.evaluator, self.task, rows, numbers, numbers, seed=0)
             return self._answer(start)
 
     def _answer(self, start: int) -> Part:
@@ -196,7 +196,8 @@ class Measure:
         for family in families.values():
             found = {}
             for one in _corners(family):
-                found[one.call], held = fill_and_measure(self.policy, self.ledger, one)
+                with self.policy.decoding():
+                    found[one.call], held = fill_and_measure(self.policy, self.ledger, one)
                 most = max(most, others + held)
             total = _add(total, _between(found, [one.call for one in family]))
         return Part(most, total)

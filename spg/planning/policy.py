@@ -13,9 +13,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from spg.config import build
+from spg.models.choice import distinct_rows
 from spg.models.factory import setting
 from spg.models.network import Cache, Network
-from spg.models.policy import Policy, distinct_rows
+from spg.models.policy import Policy
 from spg.planning.four_bits import put_in_four_bits
 from spg.planning.phantom import CPU, Ledger, Phantom, Work, make_phantom
 
@@ -145,14 +146,17 @@ class PlannedPolicy(Policy):
         elif given["shared"]:
             rows = len(distinct_rows(torch.cat([tokens, columns], dim=1))[0])
         kept, masked = cache is not None, mask is not None
-        call = Call("propose", rows, positions, seen, columns.numel(), cached, kept, masked)
+        copies = 1 if given.get("guidance") is None else 2
+        chosen = copies * columns.numel()
+        call = Call("propose", copies * rows, positions, seen, chosen, cached, kept, masked)
         before = None
         if cached:
             before = next(a for a in reversed(self.survey) if a.call.kept and not a.call.cached)
         if cache is not None and not cached:
             cache.slot(0, 0)  # now it counts as filled
-        copies = {n: v.clone() if isinstance(v, Tensor) else v for n, v in given.items() if n != "cache"}
-        self.survey.append(Asked(call, self._live(), copies, before))
+        kept_as_is = {n: v.clone() if isinstance(v, Tensor) else v for n, v in given.items()}
+        kept_as_is.pop("cache")
+        self.survey.append(Asked(call, self._live(), kept_as_is, before))
 
     def _live(self) -> int:
         return 0 if self.ledger is None else self.ledger.live

@@ -13,24 +13,13 @@ from typing import Any
 import torch
 
 from benchmarks.common import trim
+from benchmarks.gpu import Real
 from benchmarks.update import _resident
 from spg import config
 from spg.models.factory import build_policy
-from spg.planning.measure import Measure
 from spg.planning.policy import Policy
 from spg.planning.stand_ins import prompting
 from spg.rollout.collect import collect, complete
-
-
-class Real(Measure):
-    """A measure whose policy has weights."""
-
-    def __init__(self, cfg: Any) -> None:
-        self.cfg = cfg
-        self.processes = 1
-        self.task = prompting(cfg).task
-        self.policy: Any = build_policy(cfg)
-        self.training = self._training()
 
 
 def grown(work: Any) -> int:
@@ -47,7 +36,7 @@ def main() -> None:
     part, *overrides = sys.argv[1:]
     cfg = config.compose("plan", [*overrides, "hardware=cpu"])
     torch.set_num_threads(1)
-    real = Real(cfg)
+    real = Real(cfg, build_policy(cfg), prompting(cfg))
     t, policy = real.training, real.policy
     assert isinstance(policy, Policy)
     rows = real.task.examples("train")[: real.prompts]
@@ -65,8 +54,8 @@ def main() -> None:
         count = cfg.trainer.eval_batch_size
         held = [real.task.examples("validation")[i] for i in range(count)]
         index = torch.arange(count)
-        policy.eval()
-        size = grown(lambda: complete(policy, t.evaluator, real.task, held, index, index, seed=0))
+        with policy.decoding():
+            size = grown(lambda: complete(policy, t.evaluator, real.task, held, index, index, seed=0))
     else:
         batch = t.gradient.freeze(real.batch(roll_out()), policy_changes=True)
         policy.train()

@@ -48,7 +48,9 @@ def test_the_work_between_measured_questions_is_that_of_all(
     part, _ = made.rollout()
     monkeypatch.setattr(measuring, "_corners", lambda family: family)  # all of them
     monkeypatch.setattr(
-        measuring, "_between", lambda found, calls: _between({c: found[c] for c in dict.fromkeys(calls)}, calls)
+        measuring,
+        "_between",
+        lambda found, calls: _between({c: found[c] for c in dict.fromkeys(calls)}, calls),
     )
     whole, _ = measure_of(f"decoding.cache={cache}", "decoding.steps=16").rollout()
     assert part.work.operations == pytest.approx(whole.work.operations, rel=1e-6)
@@ -80,11 +82,11 @@ def test_other_policies_and_copies_are_counted() -> None:
 def test_four_bits_take_a_quarter_of_bfloat16() -> None:
     wide = ["model.network.config.d_model=384", "model.network.config.mlp_hidden_size=1024"]
     usual = measure_of(*wide, "model.dtype=bfloat16", "model.precision=bf16-mixed")
-    packed = measure_of(
-        *wide, "model.dtype=bfloat16", "model.precision=bf16-mixed", "model.quantization=nf4"
-    )
+    packed = measure_of(*wide, "model.dtype=bfloat16", "model.precision=bf16-mixed", "model.quantization=nf4")
     matrices = sum(
-        p.numel() for layer in usual.policy.network.layers for n, p in layer.named_parameters()
+        p.numel()
+        for layer in usual.policy.network.layers
+        for n, p in layer.named_parameters()
         if p.ndim == 2 and "lora" not in n
     )
     saved = usual.weights - packed.weights
@@ -142,7 +144,9 @@ def test_prompts_are_assumed_where_they_would_be_fetched() -> None:
     cfg = config.compose("plan", ["model=llada_8b", "task=gsm8k"])
     found = prompting(cfg)
     assert (found.tokens, found.measured) == (200, False)
-    assert prompting(config.compose("plan", ["model=llada_8b", "task=gsm8k", "prompt_tokens=33"])).tokens == 33
+    assert (
+        prompting(config.compose("plan", ["model=llada_8b", "task=gsm8k", "prompt_tokens=33"])).tokens == 33
+    )
     assert prompting(config.compose("plan", SMALL)).measured
 
 
