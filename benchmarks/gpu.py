@@ -2,9 +2,9 @@
 
 It runs the tests that need a GPU, a short run of the tiny model, and a LLaDA of 8 billion random weights:
 rollouts with each cache and with compiled layers, updates with 2 and 16 draws, and their memory beside what
-`spg.plan` says. Each part is a process of its own with a limit of time. A part that fails is recorded, and the
-others go on. Figures go to benchmarks/results/gpu/ as JSON and as a table in Markdown. The exit status is 0 if
-all parts passed, 1 if one failed or had no time, 2 if there is no GPU.
+`spg.plan` says. Each part is a process of its own with a limit of time. A part that fails is recorded, and
+the others go on. Figures go to benchmarks/results/gpu/ as JSON and as a table in Markdown. The exit status is
+0 if all parts passed, 1 if one failed or had no time, 2 if there is no GPU.
 """
 
 from __future__ import annotations
