@@ -31,6 +31,7 @@ from spg.models.policy import Policy
 from spg.planning.measure import Measure
 from spg.planning.phantom import Ledger
 from spg.planning.stand_ins import Numbers, Prompting, StandIn, prompting
+from spg.rollout.collect import collect
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
@@ -113,7 +114,7 @@ def device(given: argparse.Namespace) -> str:
     return "cpu" if given.rehearse else "cuda"
 
 
-def peak_of(work: Callable[[], Any], where: str) -> int:
+def peak_of(work: Callable[[], Any], policy: Policy, where: str) -> int:
     """Return the most bytes that `work` holds above what is held before it."""
     if where == "cuda":
         torch.cuda.empty_cache()
@@ -122,9 +123,12 @@ def peak_of(work: Callable[[], Any], where: str) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with Ledger() as ledger:
+    ledger = Ledger()
+    ledger.hold_all(policy)
+    before = ledger.begin()
+    with ledger:
         work()
-    return ledger.peak
+    return ledger.peak - before
 
 
 def planned(cfg: DictConfig) -> Measure:
@@ -136,8 +140,6 @@ def roll_out(real: Real) -> Any:
     """Collect experience with a policy that has numbers."""
     t = real.training
     rows = real.task.examples("train")[: real.prompts]
-    from spg.rollout.collect import collect
-
     return collect(real.policy, t.sampler, real.task, t.advantage, rows, t.group_size, seed=0)[0]
 
 
@@ -155,7 +157,7 @@ def compared(real: Real, plan: Any, given: argparse.Namespace) -> dict[str, Any]
     where = device(given)
     roll_out(real)
     seconds = measure_seconds(lambda: roll_out(real), where)
-    peak = peak_of(lambda: roll_out(real), where)
+    peak = peak_of(lambda: roll_out(real), real.policy, where)
     return figures(seconds, peak, plan)
 
 
@@ -194,7 +196,7 @@ def updates(given: argparse.Namespace) -> dict[str, Any]:
         work()
         seconds = measure_seconds(work, where)
         real.policy.zero_grad()
-        peak = peak_of(work, where)
+        peak = peak_of(work, real.policy, where)
         measure = planned(cfg)
         part, _ = measure.update(measure.batch(measure.rollout()[1]), cfg.trainer.micro_batch_size)
         found[f"update, m={draws}"] = figures(seconds, peak, part)
