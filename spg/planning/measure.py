@@ -97,11 +97,10 @@ class Measure:
         with self.computing():
             self.policy = planned_policy(cfg, prompting.tokenizer, self.sliced)
             self.policy.ledger = self.ledger
-            self.training = self._training()
             self.ledger.hold_all(self.policy)
             self.weights = self.ledger.live
-            for copy in self.policy._reference:
-                self.ledger.hold_all(copy)
+            self.training = self._training()  # it may keep a copy of the model
+            self.reference = self.ledger.live - self.weights
         if self.sliced:
             _let_go_of_gradients(self.policy)
 
@@ -158,7 +157,7 @@ class Measure:
             optimizer=2 * share,
             gradients=share,
             exchange=exchange,
-            reference=self.ledger.live - self.weights,
+            reference=self.reference,
         )
 
     def rollout(self) -> tuple[Part, Experience]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -148,7 +148,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, seconds_of: Callable[[float, float, torch.dtype], float] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seconds_of = seconds_of
-        self.work = Work()
+        self._work = Work()
         self.live = 0
         self.peak = 0
         self._known: dict[int, int] = {}
@@ -194,15 +194,20 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = [*_tensors(args), *_tensors(list(kwargs.values()))]
         moved = float(sum(t.numel() * t.element_size() for t in [*given, *results]))
         operations = float(count_operations(func, args, results))
-        self.work.operations += operations
-        self.work.moved += moved
-        self.work.kernels += 1
+        self._work.operations += operations
+        self._work.moved += moved
+        self._work.kernels += 1
         if self.seconds_of is not None and results:
-            self.work.seconds += self.seconds_of(operations, moved, results[0].dtype)
+            self._work.seconds += self.seconds_of(operations, moved, results[0].dtype)
+
+    @property
+    def work(self) -> Work:
+        """The work since `begin`, in a copy that later work leaves as it is."""
+        return replace(self._work)
 
     def begin(self) -> int:
         """Let work and peak begin anew; return the bytes that are alive now."""
-        self.work, self.peak = Work(), self.live
+        self._work, self.peak = Work(), self.live
         return self.live
 
 

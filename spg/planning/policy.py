@@ -50,7 +50,7 @@ class Call:
     @property
     def family(self) -> Call:
         """What calls have in common whose work grows evenly with their sizes."""
-        return replace(self, rows=0, positions=0, chosen=0)
+        return replace(self, positions=0, chosen=0)
 
 
 @dataclass
