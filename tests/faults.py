@@ -175,14 +175,21 @@ def gradient_is_nan(update: str, patch: Patch = setattr) -> None:
 
 def interrupted(update: str, patch: Patch = setattr) -> None:
     """Press Ctrl-C while the metrics of update number `update` are logged."""
+    signalled(f"INT@{update}", patch)
+
+
+def signalled(value: str, patch: Patch = setattr) -> None:
+    """Send this process signals while the metrics of an update are logged: `USR1@4`, `USR1,TERM@4`."""
     from spg.training.module import Training
 
     original = Training.record
+    names, update = value.split("@")
 
     def record(self: Any, metrics: dict[str, float], at: int) -> None:
         original(self, metrics, at)
         if at == int(update) and "loss" in metrics:
-            os.kill(os.getpid(), signal.SIGINT)
+            for name in names.split(","):
+                os.kill(os.getpid(), signal.Signals[f"SIG{name}"])
 
     patch(Training, "record", record)
 

@@ -79,7 +79,7 @@ def _explain_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        _end(f"{error}: make room, then go on with resume=<run dir>", 1)
+        _end(f"{error}: make room, then start again (a run that has begun goes on with resume=<run dir>)", 1)
 
 
 def _run(primary: str, job: Job, resume: Resume | None, report: Callable[[Path], Any]) -> None:

@@ -90,7 +90,7 @@ def check_submitit(settings: DictConfig, cfg: DictConfig) -> None:
         cfg: The configuration of a job.
 
     Raises:
-        ConfigError: if a job would need several nodes or tasks, or if there is no SLURM here.
+        ConfigError: if a job would need several nodes or tasks, or requeue itself, or if there is no SLURM.
     """
     launcher = settings.launcher
     for key in ("nodes", "tasks_per_node"):
@@ -104,6 +104,11 @@ def check_submitit(settings: DictConfig, cfg: DictConfig) -> None:
         raise ConfigError(
             f"trainer.nodes={nodes}: the jobs of a multirun have one node each; give trainer.nodes=1, or "
             "start each run with srun in a job of its own"
+        )
+    if OmegaConf.select(cfg, "trainer.requeue"):
+        raise ConfigError(
+            "trainer.requeue=true: submitit itself requeues the jobs of a multirun when their time is over; "
+            "leave it out"
         )
     if _is_slurm(settings) and (
         missing := [name for name in ("sbatch", "srun") if shutil.which(name) is None]

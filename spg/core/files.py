@@ -68,10 +68,12 @@ def write_text(path: Path, text: str) -> Path:
         with staged.open("w", encoding="utf-8", newline="") as file:
             file.write(text)
         put_in_place(staged, path)
-    except OSError:
+    except OSError as error:
         with suppress(OSError):
             staged.unlink(missing_ok=True)
-        raise
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # that of a full disk names no file
     return path
 
 

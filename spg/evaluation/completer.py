@@ -38,10 +38,10 @@ class Completer:
         examples = [item.example for item in items]
         group = torch.tensor([item.index for item in items])
         index = torch.tensor([item.index + SAMPLES_APART * item.sample for item in items])
-        was_training = self.policy.training
-        self.policy.eval()
-        rollout = collect.complete(self.policy, self.decoder, self.task, examples, group, index, self.seed)
-        self.policy.train(was_training)
+        with self.policy.decoding():
+            rollout = collect.complete(
+                self.policy, self.decoder, self.task, examples, group, index, self.seed
+            )
         tokens, decoded = rollout.completion_mask.sum(-1), (rollout.commit_step >= 0).sum(-1)
         numbers = torch.stack([tokens, decoded, rollout.steps_taken, rollout.near_ties], 1).tolist()
         counted = self.decoder.near_tie is not None

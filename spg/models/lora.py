@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -107,6 +109,99 @@ def _wrap(network: Network, lora: LoRA | SavedLoRA) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(lora.seed)
         return get_peft_model(network, settings)
+
+
+def keep_input_types(adapter: Any) -> None:
+    """Let the layers of a PeftModel leave the type of their inputs to autocast.
+
+    peft copies inputs to the adapter's float32, which autocast copies back to bfloat16 at once.
+    """
+    for layer in adapter.modules():
+        if hasattr(layer, "cast_input_dtype_enabled"):
+            layer.cast_input_dtype_enabled = False
+
+
+class FusedLayer:
+    """A LoRA layer's forward pass for decoding: W x, and alpha / r B A x added to it in place.
+
+    peft's own takes the same products, and then scales, adds, and casts inputs and matrices, at each step.
+    Here the matrices are scaled and cast once for each rollout. W stays as it is: added to a bfloat16 matrix,
+    most of a young adapter would be rounded away.
+
+    Args:
+        layer: The LoRA layer of a linear one.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.down: Tensor | None = None  # A [r in]
+        self.up: Tensor | None = None  # alpha / r B, transposed [r out]
+
+    @classmethod
+    def of(cls, adapter: Any) -> list[FusedLayer]:
+        """Return those of a PeftModel's layers that are a product and nothing more."""
+        return [cls(module) for module in adapter.modules() if _is_plain(module)]
+
+    def fill(self, dtype: torch.dtype) -> None:
+        """Take the adapter's matrices as they are now, in the type of the products."""
+        (name,) = self.layer.active_adapters
+        a, b = (getattr(self.layer, part)[name].weight.detach() for part in ("lora_A", "lora_B"))
+        self.down, self.up = a.to(dtype), (b * self.layer.scaling[name]).to(dtype).t()
+
+    def clear(self) -> None:
+        """Drop the matrices."""
+        self.down = self.up = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's outputs [... out] of inputs [... in], without dropout."""
+        if self.layer.disable_adapters:
+            own: Tensor = self.layer.base_layer(x)
+            return own
+        assert self.down is not None
+        assert self.up is not None
+        x = x.to(self.down.dtype)
+        result: Tensor = self.layer.base_layer(x)
+        inner = F.linear(x, self.down)
+        result.view(-1, result.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), self.up)
+        return result
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether a module is a LoRA layer of a linear layer, without a variant such as DoRA."""
+    names = list(getattr(module, "lora_A", ()))
+    return (
+        hasattr(module, "base_layer")
+        and len(names) == 1
+        and not getattr(module, "lora_variant", None)
+        and not any(getattr(module, "lora_bias", {}).values())
+        and all(isinstance(getattr(module, part)[names[0]], nn.Linear) for part in ("lora_A", "lora_B"))
+    )
+
+
+@contextmanager
+def fused(layers: list[FusedLayer], lower: torch.dtype | None) -> Iterator[None]:
+    """Let LoRA layers take their `FusedLayer.forward` for the time of a `with` block.
+
+    Args:
+        layers: The layers.
+        lower: The type that autocast computes in; None without autocast. Then a layer whose own matrix has
+            another type than the adapter (bfloat16 or 4 bits) keeps peft's forward pass.
+    """
+    used = []
+    for one in layers:
+        adapter, own = next(one.layer.lora_A.parameters()), one.layer.base_layer.weight
+        if lower is not None or adapter.dtype == own.dtype:
+            used.append(one)
+            one.fill(adapter.dtype if lower is None else lower)
+    forwards = [one.forward for one in used]
+    try:
+        for one, forward in zip(used, forwards, strict=True):
+            one.layer.forward = forward
+        yield
+    finally:
+        for one in used:
+            vars(one.layer).pop("forward", None)
+            one.clear()
 
 
 def set_base_name(network: Network, name: str | None) -> None:

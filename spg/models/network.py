@@ -14,6 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from spg.core.devices import first_places
 from spg.models.head import token_logps
+from spg.models.norm import compute_dtype
+
+# elements that the rows of a mask must begin at a multiple of
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,14 @@ class Positions:
 
 
 class Slot:
-    """Keys and values of one layer, [N H L d]; see `Cache`."""
+    """Keys and values of one layer, [N H L d]; see `Cache`. A compiled layer calls it within its program."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.start = 0  # first position of the current pass
 
-    # not traced by torch.compile, which would compile each layer again for its own keys and values
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values [N H W d] of the current pass; return those of all L positions."""
         if self.keys is None or self.values is None:
             self.keys, self.values = keys, values
@@ -107,6 +109,20 @@ class Cache:
             self._slots.append(Slot())
         self._slots[layer].start = start
         return self._slots[layer]
+
+
+def _visible(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what attention gets as its mask [N 1 1 L], made once for all layers.
+
+    On a GPU it is what is added to the scores, in the type of the products, with rows that begin where the
+    kernel wants them: from booleans, or other rows, each layer would make this anew.
+    """
+    mask = attention_mask[:, None, None, :]
+    if mask.device.type == "cpu":
+        return mask
+    length = mask.shape[-1]
+    room = torch.zeros(*mask.shape[:-1], -(-length // ALIGNMENT) * ALIGNMENT, dtype=dtype, device=mask.device)
+    return room[..., :length].masked_fill_(~mask, -torch.inf)
 
 
 class Network(nn.Module):
@@ -161,9 +177,9 @@ class Network(nn.Module):
         stop = start + ids.shape[1]
         cos, sin = self._rotary_tables(stop, ids.device)
         rotary = (cos[start:stop], sin[start:stop])
-        visible = None if attention_mask is None else attention_mask[:, None, None, :]
+        visible = None if attention_mask is None else _visible(attention_mask, compute_dtype(x))
         for number, layer in enumerate(self.layers):
-            store = None if cache is None else cache.slot(number, start).store
+            store = None if cache is None else cache.slot(number, start)
             wanted = at if number == len(self.layers) - 1 else None
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rotary, visible, wanted, store, use_reentrant=False)
@@ -248,6 +264,18 @@ class Network(nn.Module):
         return token_logps(hidden, weight, targets)
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Let torch compile the layers at their first use, one program for all sizes of a kind of pass."""
+        """Let torch compile the layers at their first use, one program for all sizes of a kind of pass.
+
+        Kinds are passes with gradients or without, with padding or without, that fill a cache, use one or
+        have none, in the last layer or before it, of one row or several, at one position of a row or several.
+        Settings of torch that hold for the whole process change.
+        """
+        from torch._dynamo import config as compiler  # takes a second
+        from torch.fx.experimental import _config as shapes
+
+        # numbers of rows and of positions that are equal by chance are not the same number
+        shapes.use_duck_shape = False
+        # beyond this many programs torch would compute without compiling, and 8 are fewer than the kinds
+        compiler.recompile_limit = max(compiler.recompile_limit, 64)
         for layer in self.layers:
             layer.compile(dynamic=True, backend=backend)

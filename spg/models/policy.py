@@ -22,13 +22,19 @@ from spg.core.errors import InputError
 from spg.core.examples import Chat, Example, Template
 from spg.core.rules import checked
 from spg.core.types import Prompts
+from spg.models.choice import Measure, choose, distinct_rows
 from spg.models.guidance import Guidance
 from spg.models.head import rows_at_once
-from spg.models.lora import LoRA, add_adapter, load_adapter, save_adapter
+from spg.models.lora import (
+    FusedLayer,
+    LoRA,
+    add_adapter,
+    fused,
+    keep_input_types,
+    load_adapter,
+    save_adapter,
+)
 from spg.models.network import Cache, Network, Positions
-
-# how clear a choice is: what `propose` returns beside the token
-Measure = Literal["probability", "unguided_probability", "margin", "negative_entropy", "lead"]
 
 
 class Policy(nn.Module):
@@ -62,6 +68,8 @@ class Policy(nn.Module):
         # lists keep both from becoming submodules: the adapter wraps the network, the copy is not trained
         self._adapter: list[Any] = []
         self._reference: list[Network] = []
+        self._fused: list[FusedLayer] = []
+        self._is_decoding = False
         # a group repeats its prompt, and templates repeat short texts
         self._encode_text = lru_cache(maxsize=4096)(self._encode)
 
@@ -78,7 +86,10 @@ class Policy(nn.Module):
 
     def adapt(self, lora: LoRA) -> None:
         """Train an adapter from now on, instead of the own weights of the network."""
-        self._adapter = [add_adapter(self.network, lora)]
+        adapter = add_adapter(self.network, lora)
+        self._adapter, self._fused = [adapter], FusedLayer.of(adapter)
+        if self.precision != "32-true":
+            keep_input_types(adapter)
 
     @property
     def has_adapter(self) -> bool:
@@ -121,6 +132,23 @@ class Policy(nn.Module):
                 yield
         finally:
             self.network = own
+            self.train(was_training)
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Decode in a `with` block: in evaluation mode, without gradients, with a fused adapter.
+
+        The weights must not change in it.
+        """
+        was_training, was_decoding = self.training, self._is_decoding
+        lower = None if self.precision == "32-true" else torch.bfloat16
+        self.eval()
+        self._is_decoding = True
+        try:
+            with torch.no_grad(), nullcontext() if was_decoding else fused(self._fused, lower):
+                yield
+        finally:
+            self._is_decoding = was_decoding
             self.train(was_training)
 
     def encode(self, prompt: str | Chat) -> list[int]:
@@ -308,9 +336,9 @@ class Policy(nn.Module):
             part = slice(i, i + size)
             own = self._logits(states[part])
             logits = own if guidance is None else guidance.guide(own, self._logits(copies[0][part]))
-            found.append(
-                self._choose(logits, own, temperature, None if noise is None else noise[part], measures)
-            )
+            excluded = self._excluded_ids(logits.shape[-1], logits.device)
+            own_noise = None if noise is None else noise[part]
+            found.append(choose(logits, own, excluded, temperature, own_noise, measures))
         return tuple(torch.cat(parts).view(shape) for parts in zip(*found, strict=True))
 
     def _states_at(
@@ -342,33 +370,6 @@ class Policy(nn.Module):
         with self.autocast():
             return self.network.logits(states).float()
 
-    def _choose(
-        self,
-        logits: Tensor,
-        unguided: Tensor,
-        temperature: float,
-        noise: Tensor | None,
-        measures: Sequence[Measure],
-    ) -> tuple[Tensor, ...]:
-        """Choose a token by each row of logits [S V], and measure the choices; see `propose`."""
-        excluded = self._excluded_ids(logits.shape[-1], logits.device)
-        allowed = logits.masked_fill(excluded, -torch.inf)
-        ids = allowed.argmax(-1) if noise is None else _sample(allowed.double() / temperature, noise)
-
-        def measure(name: Measure) -> Tensor:
-            if name == "lead":
-                return _gap(allowed)
-            # over the whole head, as in the released code: excluded tokens take their share of probability
-            probabilities = (unguided if name == "unguided_probability" else logits).softmax(-1)
-            if name in ("probability", "unguided_probability"):
-                return probabilities.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-            if name == "margin":
-                return _gap(probabilities.masked_fill(excluded, 0.0))
-            # `entr` is 0 at 0, where p log p has no value
-            return -torch.special.entr(probabilities).sum(-1)
-
-        return ids, *map(measure, measures)
-
     def _excluded_ids(self, rows: int, device: torch.device) -> Tensor:
         if self._excluded is not None and self._excluded.device == device:
             return self._excluded
@@ -378,24 +379,3 @@ class Policy(nn.Module):
             excluded[self.pad_id] = True
         self._excluded = send(excluded, device)
         return self._excluded
-
-
-def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the numbers of the distinct rows [U] of rows [N L], and which of these each row equals [N]."""
-    distinct, which = torch.unique(rows, dim=0, return_inverse=True)
-    numbers = torch.arange(len(rows), device=rows.device)
-    return torch.zeros_like(distinct[:, 0]).scatter(0, which, numbers), which
-
-
-def _sample(logits: Tensor, noise: Tensor) -> Tensor:
-    """Draw from softmax(logits) [S V] by inverse CDF, from noise [S] uniform on [0, 1), all in float64."""
-    cumulative = logits.softmax(-1).cumsum(-1)
-    threshold = noise.unsqueeze(-1) * cumulative[..., -1:]
-    ids = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    return ids.clamp_max(logits.shape[-1] - 1)
-
-
-def _gap(values: Tensor) -> Tensor:
-    """Return by how much the largest of `values` [... V] exceeds the second largest [...]."""
-    largest = values.topk(2, dim=-1).values
-    return largest[..., 0] - largest[..., 1]

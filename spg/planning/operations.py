@@ -38,6 +38,7 @@ PRODUCTS: dict[str, Callable[[Sequence[Any], Sequence[Tensor]], int]] = {
     "mm": _mm,
     "bmm": _mm,
     "addmm": _addmm,
+    "addmm_": _addmm,
     "baddbmm": _addmm,
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
@@ -45,7 +46,7 @@ PRODUCTS: dict[str, Callable[[Sequence[Any], Sequence[Tensor]], int]] = {
 
 # they make a tensor or say something about one, and compute nothing
 IDLE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense"}
-IDLE |= {"detach", "is_same_size", "_has_compatible_shallow_copy_type", "_fused_sdp_choice"}
+IDLE |= {"detach", "_unsafe_view", "is_same_size", "_has_compatible_shallow_copy_type", "_fused_sdp_choice"}
 
 
 @cache

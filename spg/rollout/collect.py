@@ -114,7 +114,7 @@ def collect(
     """Let the policy complete examples `group_size` times each, and score the completions.
 
     Args:
-        policy: Completes the prompts, in evaluation mode.
+        policy: Completes the prompts.
         decoder: Decides how tokens are chosen.
         task: Gives prompts, templates and rewards.
         advantage: Turns rewards [P G] into advantages [P G]. It sees the rewards of all processes.
@@ -129,14 +129,12 @@ def collect(
     world = world or World()
     first = world.stretch(len(examples)).start
     started = time.perf_counter()
-    was_training = policy.training
-    policy.eval()
-    completed = roll_out(policy, decoder, task, world.share(examples), group_size, seed, first)
-    decoded = time.perf_counter()
-    difference = None
-    if decoder.cache != "none":
-        difference = logp_difference(policy, completed, derive_seed(seed, "difference"))
-    policy.train(was_training)
+    with policy.decoding():
+        completed = roll_out(policy, decoder, task, world.share(examples), group_size, seed, first)
+        decoded = time.perf_counter()
+        difference = None
+        if decoder.cache != "none":
+            difference = logp_difference(policy, completed, derive_seed(seed, "difference"))
     compared = time.perf_counter()
     parts = score_all(task.reward, completed.examples, completed.texts, task.workers)
     reward_parts = {n: send(torch.tensor([p[n] for p in parts]), policy.device) for n in parts[0]}

@@ -14,9 +14,10 @@ from spg.core.devices import send
 from spg.core.rules import Count, NotNegative, Positive, Probability, checked
 from spg.core.seeding import Streams
 from spg.core.types import Prompts, Rollout
+from spg.models.choice import Measure, distinct_rows
 from spg.models.guidance import Guidance
 from spg.models.network import Cache
-from spg.models.policy import Measure, Policy, distinct_rows
+from spg.models.policy import Policy
 from spg.rollout.schedule import ConfidenceRule, FixedCounts, Schedule, WhileOpen
 
 # by its name in the configuration: the measure that orders the positions, the highest first

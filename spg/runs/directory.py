@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spg import config
 from spg.config import ConfigError
+from spg.core.console import log_file
 from spg.core.files import read_csv, write_text
 
 log = logging.getLogger(__name__)
@@ -148,8 +149,6 @@ def last_logged(folder: Path) -> int:
 
 def log_to(file: Path) -> None:
     """Append log lines to `file` too, as Hydra does for a run that starts."""
-    handler = logging.FileHandler(file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(message)s"))
     root = logging.getLogger()
-    root.addHandler(handler)
+    root.addHandler(log_file(file))
     root.setLevel(logging.INFO)

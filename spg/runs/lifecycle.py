@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from omegaconf import DictConfig
 from spg import config
 from spg.config import ConfigError
 from spg.core.commands import command_line
-from spg.core.errors import Interrupted
+from spg.core.errors import Interrupted, RunError
+from spg.core.files import DISK_FULL
 from spg.core.link import leave
 from spg.core.process import rank
 from spg.models import base_weights, hub
@@ -179,7 +181,7 @@ def work(run: Run, train: Train) -> bool:
     check_checkpoints_are_there(run)
     with run.stop.listen():
         try:
-            with record_failure(run.folder):
+            with record_failure(run.folder), _explain_full_disk(run.folder):
                 asked = train(run)
         except Interrupted:
             run.stop.over = True
@@ -188,6 +190,21 @@ def work(run: Run, train: Train) -> bool:
             raise
         write_status(run.folder, state="finished", updates=run.cfg.trainer.max_updates)
     return asked
+
+
+@contextmanager
+def _explain_full_disk(folder: Path) -> Iterator[None]:
+    """Raise RunError for an OSError of a full disk in a `with` block, with the command that goes on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        what = error.filename or f"a file in {folder}"
+        raise RunError(
+            f"{what} could not be written ({error.strerror}); what was saved is whole: make room, then "
+            f"go on with: {command_line('train', f'resume={folder}')}"
+        ) from error
 
 
 def check_checkpoints_are_there(run: Run) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from spg.core.errors import RunError
-from spg.core.files import read_csv
+from spg.core.files import put_in_place, read_csv
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,11 @@ class MetricsCSV(Logger):
 
     def up_to(self, update: int) -> list[dict[str, str]]:
         """Return the rows up to that of `update`; raise RunError if there is no such row."""
-        rows = read_csv(self.path) if self.path.is_file() else []
-        last = next((i for i, row in enumerate(rows) if row["update"] == str(update)), None)
+        try:
+            rows = read_csv(self.path) if self.path.is_file() else []
+        except (UnicodeDecodeError, csv.Error):
+            rows = []
+        last = next((i for i, row in enumerate(rows) if row.get("update") == str(update)), None)
         if last is None:
             raise RunError(
                 f"{self.path} has no row of update {update}, where the checkpoint stands; it was cut or "
@@ -105,7 +108,7 @@ class MetricsCSV(Logger):
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(staged, self.path)
+        put_in_place(staged, self.path)
 
     def finalize(self, status: str) -> None:
         """Write the pending row."""

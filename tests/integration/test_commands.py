@@ -19,7 +19,7 @@ from spg import config
 from spg.config import parts, source
 from spg.core.errors import Interrupted
 from spg.runs.status import write_status
-from tests import documents, faults, warm
+from tests import documents, faults, slurm, warm
 from tests.documents import Command
 from tests.helpers import ROOT, run, train_here
 from tests.unit.models.test_published import publish as publish_llada
@@ -109,6 +109,8 @@ def test_commands_are_right(command: Command, tmp_path: Path, monkeypatch: pytes
     words = config.group_choices(words)
     flags = [word for word in words if word in ("-m", "--multirun")]
     words = [word for word in words if word not in flags and not word.startswith("resume=")]
+    if "submitit_slurm" in line:
+        monkeypatch.setenv("PATH", slurm.install(tmp_path / "slurm")["PATH"])
     if "--help" not in words:
         assert config.preflight(primary, [*flags, *words]) is not None
 
@@ -179,7 +181,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shortened(words: list[str], module: str, folder: Path) -> list[str]:
     """Return overrides that make a command short and keep what it writes in `folder`."""
-    if "--help" in words or any(word.startswith("resume=") for word in words):
+    if "--help" in words or any(word.startswith("resume=") and word != "resume=auto" for word in words):
         return []
     if module in ("export", "figures"):
         return [] if any(word.startswith("page=") for word in words) else [f"output={folder}"]
@@ -253,6 +255,9 @@ def test_commands_run(
     words += shortened(words, module, tmp_path / "run")
     words += for_small_models(line, module, request)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if "submitit_slurm" in line:
+        environment |= slurm.install(tmp_path / "slurm")
+        words += ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.strategy=auto"]
     done = warm.run([sys.executable, "-m", f"spg.{module}", *words], cwd=work, env=environment)
     if "nf4" in line and not torch.cuda.is_available():
         assert done.returncode == 2

@@ -32,6 +32,39 @@ def test_a_folder_that_can_t_be_written_is_one_line(
             pass
 
 
+def test_resume_auto_needs_a_directory_that_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "resume=auto", "seed=1"])
+    with pytest.raises(SystemExit) as ended:
+        launch.run("config", print, print)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("resume=auto needs a directory that the same command finds again")
+    assert told.endswith("add hydra.run.dir=<run dir>\n")
+    assert not list(tmp_path.iterdir())
+    # with a directory it is a job with that word, which `spg.train` starts or goes on with
+    seen: list[Any] = []
+    for words in (["resume=auto"], ["resume=other", "resume=auto"]):
+        argv = ["train", "-cd", str(tmp_path), *words, "seed=1", "hydra.run.dir=runs/mine"]
+        monkeypatch.setattr(sys, "argv", argv)
+        launch.run("config", lambda cfg: seen.append((cfg.resume, cfg.seed)), print)
+    assert seen == [("auto", 1), ("auto", 1)]
+
+
+def test_in_a_multirun_resume_auto_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its jobs go on in any case, in the same directory."""
+    monkeypatch.chdir(tmp_path)
+    found = []
+    monkeypatch.setattr(launch, "sweep", lambda primary, plan, argv, *rest: found.append((plan.name, argv)))
+    for word in ([], ["resume=auto"]):
+        monkeypatch.setattr(sys, "argv", ["train", "-m", *word, "seed=1,2"])
+        launch.run("config", print, print)
+    assert found[0] == found[1]
+
+
 def test_a_job_s_own_error_is_not_taken_for_the_folder_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("-m hydra/launcher=joblib hydra.launcher.n_job=2", "nearest: hydra.launcher.n_jobs"),
         (f"-m {LOCAL} hydra.launcher.tasks_per_node=2", "each job of a multirun is one task"),
         (f"-m {LOCAL} trainer=ddp trainer.nodes=2", "trainer.nodes=2: the jobs of a multirun have one node"),
+        (f"-m {LOCAL} trainer.requeue=true", "submitit itself requeues the jobs"),
     ],
 )
 def test_a_wrong_setting_of_hydra_s_is_answered_with_the_nearest(line: str, words: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -48,6 +49,36 @@ def test_a_layer_is_one_program_and_gives_the_same(adapted: bool) -> None:
     assert torch.allclose(*found, atol=1e-5 * float(found[0].abs().max()))
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] <= 6
+
+
+@pytest.mark.parametrize(
+    ("cache", "rule"),
+    [
+        ("dual", {"threshold": 0.02}),
+        pytest.param("dual", {}, marks=pytest.mark.long),
+        pytest.param("prefix", {"threshold": 0.02}, marks=pytest.mark.long),
+        pytest.param("none", {"threshold": 0.02}, marks=pytest.mark.long),
+        pytest.param("none", {}, marks=pytest.mark.long),
+    ],
+)
+def test_a_second_rollout_compiles_nothing(cache: Literal["none", "prefix", "dual"], rule: Any) -> None:
+    """Of other prompts, of other lengths, in other numbers; some equal other sizes by chance."""
+    g = torch.Generator().manual_seed(0)
+    plain, compiled = policy_of(2), policy_of(2)
+    compiled.network.compile_layers("eager")
+    decoder = Decoder(8, 4, 8, 1.0, stop_at_eos=False, cache=cache, **rule)
+    programs = []
+    for rows, width in ((4, 9), (9, 4), (3, 15)):
+        ids = torch.randint(0, 119, (rows, width), generator=g)
+        prompts = open_prompts(ids, 8, torch.arange(width) >= torch.randint(0, 4, (rows, 1), generator=g))
+        prompts.mask[:2] = torch.tensor([[True], [False]]) | (torch.arange(width) > 1)
+        expected, ours = (decoder(policy, prompts, 0) for policy in (plain, compiled))
+        assert torch.equal(expected.completion_ids, ours.completion_ids)
+        assert torch.equal(expected.commit_step, ours.commit_step)
+        programs.append(counters["stats"]["unique_graphs"])
+    assert 0 < programs[0] <= (5 if cache == "dual" and rule else 10)
+    assert programs == programs[:1] * 3
+    assert not counters["graph_break"], "a layer is one program, its cache included"
 
 
 @pytest.mark.long

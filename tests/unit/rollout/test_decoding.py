@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from spg import config
 from spg.core.seeding import Streams
 from spg.core.types import Prompts, Rollout
+from spg.models.choice import Measure
 from spg.models.factory import build_policy
 from spg.models.network import Positions
-from spg.models.policy import Measure, Policy
+from spg.models.policy import Policy
 from spg.models.tokenizer import tiny_tokenizer
 from spg.rollout.decoder import CONFIDENCE, Decoder
 from spg.rollout.schedule import transfer_counts
