@@ -86,6 +86,8 @@ def test_there_are_commands() -> None:
 def test_commands_are_right(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents.lay_out(command.page, tmp_path)
     (tmp_path / "pairs").touch()
+    (tmp_path / "gsm8k").mkdir(exist_ok=True)
+    (tmp_path / "gsm8k" / "train.jsonl").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     # pages show parts of their own in modules of one name
