@@ -132,13 +132,17 @@ def supervise(words: list[str]) -> int:
     if about["index"] is not None:
         variables |= {"SLURM_ARRAY_JOB_ID": str(about["array"]), "SLURM_ARRAY_TASK_ID": str(about["index"])}
     output = Path(about["cwd"]) / _fill(options.get("output", "slurm-%j.out"), variables)
+    inherited = dict(os.environ)
+    if inherited.get("SBATCH_EXPORT") == "NONE":  # but Python must find what the checkout has
+        kept = ("PATH", "PYTHONPATH", "HOME", STATE)
+        inherited = {name: value for name, value in inherited.items() if name in kept}
     while True:
         variables["SLURM_RESTART_COUNT"] = str(restarts)
         with output.open("ab") as file:
             done = subprocess.run(
                 ["bash", about["script"], *about["arguments"]],
                 cwd=about["cwd"],
-                env=os.environ | variables,
+                env=inherited | variables,
                 stdout=file,
                 stderr=file,
                 check=False,

@@ -44,6 +44,8 @@ def settings(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             f"decoding.temperature={cfg.decoding.temperature} is that of rollouts in training; pairs have "
             f"their own: temperature={cfg.decoding.temperature}"
         )
+    for note in (*config.unread_steps(cfg, overrides), *config.decoding_notes(cfg)):
+        log.warning(note)
     own = hub.settle(cfg).copy()
     own.model.lora = None  # an adapter that was not trained changes nothing
     return own

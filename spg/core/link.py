@@ -192,6 +192,8 @@ class Hub(Link):
         if isinstance(source, Wire):
             if message.get("token") != self.token:
                 raise ValueError("a process of another start")
+            if message["rank"] in self.others:
+                raise ValueError("a process that is here already, or was")
             other = Other(source, *(message[key] for key in ("rank", "size", "host", "pid")))
             self._selector.modify(source.socket, selectors.EVENT_READ, other)
             source.send(welcome=socket.gethostname(), pid=os.getpid())

@@ -91,7 +91,8 @@ def merge_settings(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     config.check(merged)
     config.check_model(merged)
     config.check_samples(merged)
-    for note in config.unread_steps(merged, overrides):
+    lengths = [] if cfg.generations is not None else config.decoding_notes(merged)
+    for note in (*config.unread_steps(merged, overrides), *lengths):
         log.warning("%s", note)
     return merged
 

@@ -34,6 +34,29 @@ class _Rotate(torch.autograd.Function):
         return by_x, None, None
 
 
+class _RotateHalfType(torch.autograd.Function):
+    """The same from and to the type of x, with no float32 copies of x and of the result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        turned = torch.empty(x.shape, dtype=sin.dtype, device=x.device)
+        torch.mul(x[..., half:], sin[..., :half], out=turned[..., :half])
+        torch.mul(x[..., :half], sin[..., half:], out=turned[..., half:])
+        return torch.addcmul(turned, x, cos, out=torch.empty_like(x))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        (gradient,) = gradients
+        by_x = gradient * cos
+        half = by_x.shape[-1] // 2
+        by_x[..., half:].addcmul_(gradient[..., :half], sin[..., :half])
+        by_x[..., :half].addcmul_(gradient[..., half:], sin[..., half:])
+        return by_x.to(gradient.dtype), None, None
+
+
 def _swap_halves(x: Tensor, sin: Tensor) -> Tensor:
     """Return x [... d] with its two halves exchanged, times `sin` [... d]."""
     half = x.shape[-1] // 2
@@ -54,8 +77,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         The rotated x [N H L d], in the type of x.
     """
+    if x.device.type != "cpu" and not torch.compiler.is_compiling():
+        rotated: Tensor = _RotateHalfType.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+        return rotated
     wide = x.float()
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         turned: Tensor = _Rotate.apply(wide, cos, sin)  # type: ignore[no-untyped-call]
         return turned.to(x.dtype)
     first, second = wide.chunk(2, dim=-1)
@@ -71,7 +97,8 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) 
         q: Queries [N H Q d].
         k: Keys [N H L d].
         v: Values [N H L d].
-        visible: True at the keys that queries may attend to [N 1 1 L]; None for all.
+        visible: True at the keys that queries may attend to [N 1 1 L], or what is added to their scores;
+            None for all.
 
     Returns:
         Attended values [N H Q d].
@@ -104,7 +131,8 @@ def attend(
         key: Keys [N G W d], not rotated yet; each serves H / G heads.
         value: Values [N G W d].
         rotary: Cosines and sines [W d].
-        visible: True at the positions that may be attended to [N 1 1 L]; None for all.
+        visible: True at the positions that may be attended to [N 1 1 L], or what is added to their scores;
+            None for all.
         at: The S positions whose result is wanted; None for all.
         store: Stores keys and values in a cache and returns those of all L positions. Without it, W = L.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from spg.core.rules import Count, Positive, Seed, checked
 from spg.models.attention import attend
 from spg.models.network import Network, Positions
+from spg.models.norm import rms_norm
 
 # fields of the published configuration files that are the same for all sizes
 SHARED = {
@@ -107,10 +108,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [... D]."""
-        if x.device.type == "cpu":
-            normal = _Normalize.apply(x.float(), self.eps)  # type: ignore[no-untyped-call]
-        else:
-            normal = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
+        if x.device.type != "cpu":
+            return rms_norm(x, self.weight, self.eps)
+        normal: Tensor = _Normalize.apply(x.float(), self.eps)  # type: ignore[no-untyped-call]
         return normal.to(x.dtype) * self.weight
 
 

@@ -14,6 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from spg.core.devices import first_places
 from spg.models.head import token_logps
+from spg.models.norm import compute_dtype
+
+# elements that the rows of a mask must begin at a multiple of
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,20 @@ class Cache:
         return self._slots[layer]
 
 
+def _visible(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what attention gets as its mask [N 1 1 L], made once for all layers.
+
+    On a GPU it is what is added to the scores, in the type of the products, with rows that begin where the
+    kernel wants them: from booleans, or other rows, each layer would make this anew.
+    """
+    mask = attention_mask[:, None, None, :]
+    if mask.device.type == "cpu":
+        return mask
+    length = mask.shape[-1]
+    room = torch.zeros(*mask.shape[:-1], -(-length // ALIGNMENT) * ALIGNMENT, dtype=dtype, device=mask.device)
+    return room[..., :length].masked_fill_(~mask, -torch.inf)
+
+
 class Network(nn.Module):
     """Token ids to hidden states to logits, in two steps: the head runs only for the positions asked for.
 
@@ -159,7 +177,7 @@ class Network(nn.Module):
         stop = start + ids.shape[1]
         cos, sin = self._rotary_tables(stop, ids.device)
         rotary = (cos[start:stop], sin[start:stop])
-        visible = None if attention_mask is None else attention_mask[:, None, None, :]
+        visible = None if attention_mask is None else _visible(attention_mask, compute_dtype(x))
         for number, layer in enumerate(self.layers):
             store = None if cache is None else cache.slot(number, start)
             wanted = at if number == len(self.layers) - 1 else None

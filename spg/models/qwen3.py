@@ -21,6 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 from spg.core.rules import Count, Positive, Seed, checked
 from spg.models.attention import attend
 from spg.models.network import Network, Positions
+from spg.models.norm import rms_norm
 from spg.models.tokenizer import pretrained
 
 # makes Qwen3's chat template open an answer with an empty thought
@@ -73,8 +74,27 @@ class Qwen3DiffusionConfig:
         return Qwen3Config(**sizes, rope_parameters=rope, use_cache=False)
 
 
+class RMSNorm(Qwen3RMSNorm):
+    """The normalisation of transformers' Qwen3, in one kernel on a GPU."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise hidden states [... D]."""
+        if hidden_states.device.type != "cpu":
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        normal: Tensor = super().forward(hidden_states)
+        return normal
+
+
 class Layer(Qwen3DecoderLayer):
     """A layer of transformers' Qwen3 with bidirectional attention."""
+
+    def __init__(self, config: Qwen3Config, number: int) -> None:
+        super().__init__(config, number)
+        eps = config.rms_norm_eps
+        self.input_layernorm = RMSNorm(config.hidden_size, eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps)
+        self.self_attn.q_norm = RMSNorm(config.head_dim, eps)
+        self.self_attn.k_norm = RMSNorm(config.head_dim, eps)
 
     def forward(
         self,
@@ -114,7 +134,7 @@ class Model(nn.Module):
         theirs = config.for_transformers()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(theirs, number) for number in range(config.num_hidden_layers))
-        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class Qwen3Diffusion(Network):

@@ -39,6 +39,9 @@ def explain_failures(cfg: DictConfig, folder: Path) -> Iterator[None]:
         yield
     except (NonFiniteError, Interrupted) as error:
         if rank() > 0:  # a launcher ends all processes of a run if one of them ends with an error
+            connection = link.current()
+            if isinstance(error, NonFiniteError) and connection is not None:
+                connection.over.wait(60.0)  # the first process writes what is needed to see it again
             raise SystemExit(0 if isinstance(error, Interrupted) else 1) from error
         if isinstance(error, Interrupted):
             raise Interrupted(f"{error}; go on with: {again}") from error

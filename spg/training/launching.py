@@ -37,7 +37,8 @@ from spg.core.process import RANK, place, rank
 from spg.runs.lifecycle import Run
 from spg.runs.status import record_death, write_status
 
-_NAMES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+# what Lightning reads, or sets itself
+_NAMES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
 
 
 class Processes:
@@ -65,6 +66,8 @@ class Processes:
         self._environment = {name: os.environ.get(name) for name in _NAMES}
         if self.count == 1:
             return self
+        # else Lightning would give each process its share of the machine's cores instead of trainer.threads
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
         connection = link.current()
         if isinstance(connection, Member):
             connection.say("ready")
@@ -91,7 +94,7 @@ class Processes:
         hub = Hub(self.count, token, [0], "127.0.0.1")
         hub.explain = self._explain
         values = ("127.0.0.1", str(_free_port()), "0", "0", str(self.count))
-        os.environ.update(zip(_NAMES, values, strict=True))
+        os.environ.update(zip(_NAMES, values, strict=False))
         command = [sys.executable, "-m", "spg.train", *self.arguments]
         for number in range(1, self.count):
             own = {

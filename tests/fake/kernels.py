@@ -21,7 +21,8 @@ def _attention(
     out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout, causal, attn_mask=bias, scale=scale
     )
-    return out, logsumexp
+    # a GPU lays the heads of a position beside each other
+    return out.transpose(1, 2).contiguous().transpose(1, 2), logsumexp
 
 
 def _efficient(
@@ -123,11 +124,12 @@ ON_CPU: dict[str, Callable[..., Any]] = {
     "aten._scaled_dot_product_flash_attention_backward.default": _flash_backward,
     "aten._fused_rms_norm.default": _rms_norm,
     "aten._fused_rms_norm_backward.default": _rms_norm_backward,
+    "aten.silu_backward.default": torch.ops.aten.silu_backward.default,
 }
 
 # Their CPU build decomposes these before an operation is seen; a kernel of the device, which is never called,
 # makes them stay whole, as in the CUDA build.
-_WHOLE = ("_fused_rms_norm", "_fused_rms_norm_backward")
+_WHOLE = ("_fused_rms_norm", "_fused_rms_norm_backward", "silu_backward")
 _library = torch.library.Library("aten", "IMPL")
 for _name in _WHOLE:
     _library.impl(_name, ON_CPU[f"aten.{_name}.default"], "CUDA")

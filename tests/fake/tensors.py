@@ -62,14 +62,17 @@ class Counts:
         kernels: Operations by their names.
         waits: Waits of the host, by operation and place in the code.
         copies: Copies to the device without a wait, by place in the code.
+        casts: Kernels that only make another type of a tensor.
     """
 
     kernels: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
     copies: Counter[str] = field(default_factory=Counter)
+    casts: int = 0
 
 
 _counting: list[Counts] = []
+_inner_device = torch.device("cpu")
 
 
 @contextmanager
@@ -93,10 +96,7 @@ def place() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename.startswith(SOURCES):
-            module = frame.f_code.co_filename[len(SOURCES) : -len(".py")].replace("/", ".")
-            return f"{module}.{frame.f_code.co_qualname}"
-        if frame.f_code.co_qualname == "CheckpointFunction.backward":
-            return "backward"
+            return frame.f_code.co_qualname
         frame = frame.f_back  # type: ignore[assignment]
     return "backward" if _in_backward() else "elsewhere"
 
@@ -183,11 +183,14 @@ def execute(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         _check_devices(func, name, args, others)
     if own and _reads(name, args, kwargs):
         _wait(name)
-    if (own or to_device) and _launches(func, name) and not between:
+    if (own or to_device) and launches(func, name) and not between:
         for counts in _counting:
             counts.kernels[name] += 1
-    if device is not None:
-        kwargs = {**kwargs, "device": torch.device("cpu")}
+            counts.casts += name == "_to_copy" and kwargs.get("dtype") not in (None, args[0].dtype)
+    if device is not None and to_device:
+        kwargs = {**kwargs, "device": _inner_device}
+    elif name == "copy_" and own and not to_device and _inner_device.type == "meta":
+        raise RuntimeError("tensors without values can't be copied to the CPU")
     known = {id(tensor.inner): tensor for tensor in own}
     values = ON_CPU.get(str(func), func)(*tree_map(_inner, args), **tree_map(_inner, kwargs))
 
@@ -250,7 +253,8 @@ def _reads(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return not (single and sum(index is not None for index in args[1]) == 1)
 
 
-def _launches(func: Any, name: str) -> bool:
+def launches(func: Any, name: str) -> bool:
+    """Return whether an operation gives a GPU something to compute."""
     nothing = func.is_view or name in NO_KERNEL or name == "_local_scalar_dense" or name.startswith(RESERVING)
     return not nothing
 
@@ -265,9 +269,14 @@ class _Executing(TorchDispatchMode):
 
 
 @contextmanager
-def pretending() -> Iterator[None]:
-    """Let torch find one CUDA device."""
+def pretending(values: bool = True) -> Iterator[None]:
+    """Let torch find one CUDA device; without `values` its tensors only have sizes, and take no memory."""
     from tests.fake.functions import replaced
 
-    with replaced(), _Executing():
-        yield
+    global _inner_device
+    before, _inner_device = _inner_device, torch.device("cpu" if values else "meta")
+    try:
+        with replaced(), _Executing():
+            yield
+    finally:
+        _inner_device = before

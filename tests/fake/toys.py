@@ -19,6 +19,8 @@ from spg.training.module import Training
 from spg.training.run import Rollouts
 from tests.fake.tensors import Counts, counting, pretending
 
+# of a completion
+BLOCKS, STEPS = 2, 8
 # two prompts of different length, with two completions each; two updates
 SMALL = (
     "task=countdown",

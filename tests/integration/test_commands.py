@@ -68,7 +68,7 @@ def is_sweep(line: str) -> bool:
 
 
 def test_there_are_commands() -> None:
-    assert len(documents.lines(documents.README, "python -m spg.")) == 5
+    assert len(documents.lines(documents.README, "python -m spg.")) == 6
     assert len(RUN) > 50
     modules = {command.line.split()[2] for command in RUN}
     names = {"train" if path.stem == "config" else path.stem for path in config.CONF_DIR.glob("*.yaml")}
@@ -86,6 +86,8 @@ def test_there_are_commands() -> None:
 def test_commands_are_right(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents.lay_out(command.page, tmp_path)
     (tmp_path / "pairs").touch()
+    (tmp_path / "gsm8k").mkdir(exist_ok=True)
+    (tmp_path / "gsm8k" / "train.jsonl").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     # pages show parts of their own in modules of one name

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from spg import config
+from spg.config.launchers import fill_in_submitit
 
 LOCAL, SLURM = "hydra/launcher=submitit_local", "hydra/launcher=submitit_slurm"
 
@@ -51,17 +53,29 @@ def test_without_slurm_the_message_says_so(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_job_of_slurm_asks_for_what_its_processes_use() -> None:
-    def asked(*lines: str) -> set[str]:
-        plan = config.preflight("config", ["-m", "seed=1", *lines])
-        assert plan.elsewhere
-        return {line.removeprefix("hydra.launcher.") for line in plan.arguments[2 + len(lines) :]}
-
-    eight = ("trainer=ddp", "trainer.devices=8", "trainer.prompts_per_rollout=8")
-    found = asked(SLURM, *eight)
+def test_the_command_line_gets_what_a_job_asks_for() -> None:
+    eight = ["trainer=ddp", "trainer.devices=8", "trainer.prompts_per_rollout=8"]
+    plan = config.preflight("config", ["-m", "seed=1", SLURM, *eight])
+    assert plan.elsewhere
+    found = {line.removeprefix("hydra.launcher.") for line in plan.arguments[6:]}
     assert {"gpus_per_node=8", "cpus_per_task=16", "signal_delay_s=300", "max_num_timeout=100"} < found
-    assert any(line.startswith("name=") for line in found)
-    found = asked(SLURM, *eight, "hydra.launcher.gres=gpu:8", "hydra.launcher.cpus_per_task=3")
-    assert not any(line.startswith(("gpus", "cpus")) for line in found)
-    assert not any(line.startswith("gpus") for line in asked(SLURM, "trainer.accelerator=cpu"))
-    assert {"timeout_min=10080", "gpus_per_node=1"} < asked(LOCAL)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "accelerator", "given", "expected"),
+    [
+        ("Slurm", "auto", [], {"cpus_per_task": 4, "gpus_per_node": 2}),
+        ("Slurm", "cpu", [], {"cpus_per_task": 4}),
+        ("Slurm", "auto", ["gres"], {"cpus_per_task": 4}),
+        ("Slurm", "auto", ["cpus_per_task", "name"], {"gpus_per_node": 2}),
+        ("Local", "cuda", [], {"timeout_min": 10080, "gpus_per_node": 2}),
+    ],
+)
+def test_what_the_command_line_says_of_a_job_is_not_filled_in(
+    launcher: str, accelerator: str, given: list[str], expected: dict[str, int]
+) -> None:
+    settings = OmegaConf.create({"launcher": {"_target_": f"submitit_launcher.{launcher}Launcher"}})
+    job = OmegaConf.create({"trainer": {"devices": 2, "threads": 2, "accelerator": accelerator}})
+    found = fill_in_submitit(settings, [job, job], [f"hydra.launcher.{key}" for key in given], "beta")
+    limits = {"signal_delay_s": 300, "max_num_timeout": 100} if launcher == "Slurm" else {}
+    assert found == expected | limits | ({} if "name" in given else {"name": "beta"})

@@ -215,6 +215,10 @@ def test_strangers_and_other_starts_are_not_let_in() -> None:
         Member(1, 2, "another start", "127.0.0.1", [hub.port], 0.1)
     assert not hub.others
     assert hub.dead is None
+    one = Member(1, 2, "token", "127.0.0.1", [hub.port], 5.0)
+    with pytest.raises(RunError, match="found no first process"):
+        Member(1, 2, "token", "127.0.0.1", [hub.port], 0.1)
+    one.end(0)
     hub.end(0)
 
 

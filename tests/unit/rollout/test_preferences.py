@@ -152,7 +152,7 @@ def header(role: str) -> str:
 
 
 BROKEN = [
-    ("{", "not JSON .*expected one object per line"),
+    ("{", "read as JSON .*expected one object per line"),
     ("[1]", "not an object; expected one object per line"),
     ({"prompt": "<answer>", "chosen": RIGHT}, "no rejected; a pair has prompt, chosen and rejected"),
     ({**PAIR, "prompt": 3}, "`prompt` is neither a text nor a chat"),

@@ -13,6 +13,7 @@ from spg.algorithms.masking import BlockRandom
 from spg.algorithms.objectives import DPO, SPG, WD1, ObjectiveResult, coupling
 from spg.core.types import UpdateBatch
 from spg.core.world import World
+from spg.planning.phantom import Ledger
 from spg.training.pieces import Copies
 from spg.training.update import BackwardPasses, ExactGradient
 from tests.helpers import small_policy
@@ -190,3 +191,21 @@ def test_a_process_makes_as_many_passes_as_its_parts_and_the_others_need(
     result = gradient.add(batch, BackwardPasses(world, backward, all_exchange=all_exchange))
     assert len(made) == max(len(parts), passes if all_exchange else 1)
     assert sum(made) == pytest.approx(2 * float(result.loss), abs=1e-5), "processes average"
+
+
+def test_one_pass_needs_no_more_memory_than_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes of all tensors alive, at their peak: those of one piece and its gradients."""
+    peaks = []
+    for two_passes in (False, True):
+        if two_passes:
+            monkeypatch.setattr(Copies, "cut_whole", lambda *_: None)
+        policy = small_policy()
+        gradient = ExactGradient(policy, SPG(Sandwich(ELBO(), Mixture(1.5, 0.5))), 6)
+        batch = UpdateBatch.of(*made_up(1))
+        ledger = Ledger()
+        ledger.hold_all(policy)
+        before = ledger.begin()
+        with ledger:
+            gradient.add(batch)
+        peaks.append(ledger.peak - before)
+    assert peaks[0] < 1.03 * peaks[1]
