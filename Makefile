@@ -25,7 +25,7 @@ test: $(READY) ## run the tests that take minutes at most
 	$(BIN)/python -m pytest
 
 fake: $(READY) ## run the code for GPUs on a pretended device; needs a C++ compiler
-	$(BIN)/python -m pytest -m fake tests/fake
+	$(BIN)/python -m pytest -m fake --dist worksteal tests/fake
 
 gpu: $(READY) ## on a GPU: its tests, a short run, and an 8B with random weights beside its plan, in nine minutes
 	$(BIN)/python -m benchmarks.gpu

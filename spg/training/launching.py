@@ -74,8 +74,10 @@ class Processes:
             return self
         self._hub = connection if isinstance(connection, Hub) else self._start()
         environment = {}
-        if place().launcher == "slurm":  # two steps of a job, or two jobs, would take the same port
-            environment = {"MASTER_PORT": str(_free_port())}
+        if place().launcher != "alone":
+            # Two steps of a SLURM job would take the same port. torchrun keeps its store when it starts all
+            # processes again, and a process might find the addresses of those that are gone there.
+            environment = {"MASTER_PORT": str(_free_port()), "TORCHELASTIC_USE_AGENT_STORE": "False"}
             os.environ.update(environment)
         file = self.run.folder / "config.yaml"
         # this process writes the changes of a run that goes on when the others have read the file, or before

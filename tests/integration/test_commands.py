@@ -40,6 +40,7 @@ SMALL = (
     "trainer.threads=1",
     "trainer.devices=1",
     "trainer.strategy=auto",
+    "trainer.checkpoint_format=whole",  # the other needs the strategy fsdp
     "gen_length=8",
     "block_size=4",
     "group_size=2",
