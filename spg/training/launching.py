@@ -203,8 +203,8 @@ def listen_to_signals(connection: link.Link) -> Callable[[], object]:
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
     reading, writing = socket.socketpair()
-    for end in (reading, writing):
-        end.setblocking(False)
+    for side in (reading, writing):
+        side.setblocking(False)
     before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
 
     def listen() -> None:
