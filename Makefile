@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fake test-all lint format docs clean
+.PHONY: help setup demo test fake gpu test-all lint format docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,7 +25,10 @@ test: $(READY) ## run the tests that take minutes at most
 	$(BIN)/python -m pytest
 
 fake: $(READY) ## run the code for GPUs on a pretended device; needs a C++ compiler
-	$(BIN)/python -m pytest -m fake tests/fake
+	$(BIN)/python -m pytest -m fake --dist worksteal tests/fake
+
+gpu: $(READY) ## on a GPU: its tests, a short run, and an 8B with random weights beside its plan, in nine minutes
+	$(BIN)/python -m benchmarks.gpu
 
 test-all: fake ## run all tests, the long ones too
 	$(BIN)/python -m pytest -m ""

@@ -134,8 +134,8 @@ def _change_logps(update: str, patch: Patch, change: Callable[..., torch.Tensor]
     def token_logps(self: Any, batch: Any, piece: Any) -> torch.Tensor:
         logps = compute(self, batch, piece)
         if modules[-1].updates + 1 == int(update):
-            index = batch.experience.rollout.index[piece[0]]
-            logps = change(logps, index, batch.samples.scored[piece])
+            index = batch.experience.rollout.index[piece.rows]
+            logps = change(logps, index, batch.samples.scored[piece.at])
         return logps
 
     patch(Training, "__init__", init)

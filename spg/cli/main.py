@@ -10,6 +10,7 @@ from spg import __version__
 
 # in the order in which they are used; each is the module spg.cli.<command>
 COMMANDS = {
+    "plan": "say what a run takes on named hardware: does it fit, how long, what to change",
     "train": "train a model by reinforcement learning, go on with a run, or run many in one command",
     "evaluate": "complete and score held-out examples with a model, a run, or from a file",
     "figures": "make tables and figures of a multirun",

@@ -139,14 +139,25 @@ def check_trainer(cfg: DictConfig) -> None:
         )
 
 
-def check_launcher(cfg: DictConfig) -> None:
+def check_launcher(cfg: DictConfig, multirun: bool = False) -> None:
     """Refuse a number of processes that the launcher of this process has not started.
+
+    Args:
+        cfg: Configuration of a run.
+        multirun: Whether it is a job of a multirun.
 
     Raises:
         ConfigError: with the numbers, and how to start the run.
     """
     if "trainer" in cfg:
-        complaint = place().complaint(cfg.trainer.get("nodes", 1), cfg.trainer.devices)
+        nodes, own = cfg.trainer.get("nodes", 1), place()
+        if multirun and (nodes > 1 or own.shared):
+            what = f"trainer.nodes={nodes}" if nodes > 1 else f"{own.starter} started {own.size} processes"
+            raise ConfigError(
+                f"{what}, but a job of a multirun is one process that starts the others on its machine: give "
+                "trainer.nodes=1 (and hydra.launcher.tasks_per_node=1), or start runs one by one"
+            )
+        complaint = own.complaint(nodes, cfg.trainer.devices)
         if complaint is not None:
             raise ConfigError(complaint)
 

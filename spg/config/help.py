@@ -58,7 +58,8 @@ def show_help(primary: str, own: Path | None = None) -> None:
     console.print(describe(path))
     console.print(Text(f"\nUsage: python -m spg.{command} [group=option ...] [key=value ...]\n"))
     console.print("Keys", style="bold")
-    _rows(console, cfg, documented_keys(path))
+    base = _base(path)
+    _rows(console, cfg, [*documented_keys(path), *([] if base is None else documented_keys(base))])
     for group in groups(own):
         selected = {key: option for key, option in chosen.items() if key.partition("@")[0] == group}
         if selected:
@@ -84,12 +85,22 @@ def _show_group(
 
 def _choices(path: Path) -> dict[str, str | None]:
     """Return the options that a file's defaults list chooses, by their groups."""
-    return {
+    entries = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", [])
+    base = _base(path)
+    return ({} if base is None else _choices(base)) | {
         key.removeprefix("optional "): option
-        for entry in yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", [])
+        for entry in entries
         if isinstance(entry, dict)
         for key, option in entry.items()
     }
+
+
+def _base(path: Path) -> Path | None:
+    """Return the primary config that a primary config builds on, if there is one."""
+    entries = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", [])
+    names = [entry for entry in entries if isinstance(entry, str) and entry != "_self_"]
+    file = path.with_name(f"{names[0]}.yaml") if names else path
+    return file if path.parent == CONF_DIR and file != path and file.is_file() else None
 
 
 def _rows(console: Console, cfg: DictConfig, rows: list[tuple[str, str, str]]) -> None:

@@ -99,7 +99,7 @@ def preflight(primary: str, argv: Sequence[str]) -> Plan:
             if elsewhere:
                 check_submitit(settings, cfg)
             elif primary == "config":  # other commands than training only read the settings
-                check_launcher(cfg)
+                check_launcher(cfg, multirun)
             configurations.append(cfg)
     # of several overrides of one key Hydra takes the last
     last = {key_as_written(o): o for o in every if not is_hydra(o)}

@@ -76,6 +76,12 @@ class Export:
     unquantized: bool
 
 
+class Planning:
+    """Root keys of `spg.plan`."""
+
+    prompt_tokens: Count | None
+
+
 class Figures:
     """Root keys of `spg.figures`."""
 
@@ -148,7 +154,7 @@ class Pretraining:
 
 # by the dotted key of the node that holds the settings; a root key means the same in every command
 NODES: Mapping[str, tuple[type, ...]] = {
-    "": (Run, Machine, Evaluation, Pairs, Export, Figures),
+    "": (Run, Machine, Evaluation, Pairs, Export, Planning, Figures),
     "trainer": (Trainer,),
     "optimizer": (Optimization,),
     "model": (Model,),

@@ -7,8 +7,10 @@ holds everything else, and the name of the folder beside it.
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from spg.core.checksums import sum_file, write_manifest
+from spg.core.checksums import SummingWriter, write_manifest
 from spg.core.world import World
 
 _DESCRIPTION = ".metadata"
@@ -80,7 +82,53 @@ class _Reader(FileSystemReader):
         return metadata
 
 
+class _SummedFile(SummingWriter):
+    """A file that `torch.distributed.checkpoint` writes to, and closes more than once."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._length = 0
+        self._digest: str | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._length += super().write(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._length
+
+    def fileno(self) -> int:
+        self._file.flush()  # what is synced next is the whole file
+        return self._file.fileno()
+
+    def close(self) -> str:
+        if self._digest is None:
+            self._digest = super().close()
+        return self._digest
+
+
+class _SummedFiles(FileSystem):
+    """Files with their checksums by their names."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, str] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        assert mode == "wb"
+        file = _SummedFile(Path(path))
+        try:
+            yield file
+        finally:
+            self.sums[Path(path).name.removesuffix(".tmp")] = file.close()
+
+
 class _Writer(FileSystemWriter):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.files = _SummedFiles()
+        self.fs = self.files
+
     def storage_meta(self) -> StorageMeta | None:
         return None  # it would hold the folder's path, and folders may move
 
@@ -99,19 +147,19 @@ def write_slices(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: in all processes, if one of them can't write.
     """
+    writer = _Writer(folder)
     try:
-        save(dict(tensors), storage_writer=_Writer(folder))
+        save(dict(tensors), storage_writer=writer)
     except CheckpointException as error:
         failures = [failure for failure, _ in error.failures.values()]
         cause = next((one for one in failures if isinstance(one, OSError)), failures[0])
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror or str(cause)) from error
         raise cause from error
-    own = sorted(folder.glob(f"__{dist.get_rank()}_*"))
     world = World(dist.get_rank(), dist.get_world_size())
-    sums = dict(world.gather_items([(path.name, sum_file(path)) for path in own]))
+    sums = dict(world.gather_items(list(writer.files.sums.items())))
     if world.rank == 0:
-        write_manifest(folder, sums | {_DESCRIPTION: sum_file(folder / _DESCRIPTION)})
+        write_manifest(folder, sums)
 
 
 def read_shapes(folder: Path) -> dict[str, Tensor]:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward as engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,9 +33,11 @@ class Phantom(Tensor):
 
     Attributes:
         shape_of: A tensor of the meta device, which stands for the memory.
+        planned: The device that all phantoms say they are on; see `Pretence`.
     """
 
     shape_of: Tensor
+    planned: ClassVar[torch.device] = CPU
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -51,6 +54,16 @@ class Phantom(Tensor):
         )
         made.shape_of = shape_of
         return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """The planned device, as far as Python code asks."""
+        return Phantom.planned
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        """Whether the planned device is one of CUDA."""
+        return Phantom.planned.type == "cuda"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Return a phantom with a place of its own; a parameter stays one."""
@@ -135,7 +148,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, seconds_of: Callable[[float, float, torch.dtype], float] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seconds_of = seconds_of
-        self.work = Work()
+        self._work = Work()
         self.live = 0
         self.peak = 0
         self._known: dict[int, int] = {}
@@ -181,15 +194,20 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = [*_tensors(args), *_tensors(list(kwargs.values()))]
         moved = float(sum(t.numel() * t.element_size() for t in [*given, *results]))
         operations = float(count_operations(func, args, results))
-        self.work.operations += operations
-        self.work.moved += moved
-        self.work.kernels += 1
+        self._work.operations += operations
+        self._work.moved += moved
+        self._work.kernels += 1
         if self.seconds_of is not None and results:
-            self.work.seconds += self.seconds_of(operations, moved, results[0].dtype)
+            self._work.seconds += self.seconds_of(operations, moved, results[0].dtype)
+
+    @property
+    def work(self) -> Work:
+        """The work since `begin`, in a copy that later work leaves as it is."""
+        return replace(self._work)
 
     def begin(self) -> int:
         """Let work and peak begin anew; return the bytes that are alive now."""
-        self.work, self.peak = Work(), self.live
+        self._work, self.peak = Work(), self.live
         return self.live
 
 
@@ -228,7 +246,20 @@ class Pretence(TorchFunctionMode):
 
     def __init__(self, device: str) -> None:
         super().__init__()
+        self._before: list[torch.device] = []
         self.device = torch.device(device)
+
+    def __enter__(self) -> Pretence:
+        """Let phantoms be on the planned device."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._before.append(Phantom.planned)
+        Phantom.planned = self.device
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        """Let them be where they were before."""
+        Phantom.planned = self._before.pop()
+        super().__exit__(*reason)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Named = None
@@ -237,11 +268,12 @@ class Pretence(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if self.device.type == "cpu":
             return func(*args, **kwargs)
-        if func in TELL and isinstance(args[0], Phantom):
-            return TELL[func](self.device)
+        if func is Tensor.pin_memory:
+            return args[0]
         if func is Tensor.backward:
             with self:  # backward passes ask for devices too
-                return torch.autograd.backward(*args, **kwargs)
+                _backward(*args, **kwargs)
+            return None
         if _is(kwargs.get("device"), self.device):
             if not has_phantom(args):
                 return Phantom(func(*args, **{**kwargs, "device": "meta"}))
@@ -253,15 +285,17 @@ class Pretence(TorchFunctionMode):
         return OF_DEVICE.get(func, func)(*args, **kwargs)
 
 
-# what a tensor tells about its device
-TELL: dict[Any, Callable[[torch.device], Any]] = {
-    Tensor.device.__get__: lambda device: device,
-    Tensor.is_cuda.__get__: lambda device: device.type == "cuda",  # type: ignore[attr-defined]
-}
-
-
 def _is(value: Any, device: torch.device) -> bool:
     return isinstance(value, torch.device | str) and torch.device(value).type == device.type
+
+
+def _backward(x: Tensor, gradient: Tensor | None = None, retain_graph: bool = False, **_: Any) -> None:
+    """Do what `Tensor.backward` does for a scalar, with the modes that are active.
+
+    The function itself would hand over to the mode, without which it would then run.
+    """
+    start = (torch.ones_like(x) if gradient is None else gradient,)
+    engine_run_backward((x,), start, bool(retain_graph), False, (), True, accumulate_grad=True)
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

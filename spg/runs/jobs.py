@@ -41,6 +41,7 @@ def train_job(
 
     def do() -> bool:
         config.check(cfg)
+        config.check_launcher(cfg, multirun=True)
         own = hub.settle(cfg)
         if not (folder / "config.yaml").exists():
             begin(own, folder, overrides)

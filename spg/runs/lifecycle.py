@@ -22,7 +22,7 @@ from spg.core.commands import command_line
 from spg.core.errors import Interrupted, RunError
 from spg.core.files import DISK_FULL
 from spg.core.link import leave
-from spg.core.process import rank
+from spg.core.process import place, rank
 from spg.models import base_weights, hub
 from spg.runs.directory import find_config, last_logged, log_to, read_config, write_config
 from spg.runs.identity import apply_changes, changes, check_same, identity
@@ -203,7 +203,7 @@ def _explain_full_disk(folder: Path) -> Iterator[None]:
         what = error.filename or f"a file in {folder}"
         raise RunError(
             f"{what} could not be written ({error.strerror}); what was saved is whole: make room, then "
-            f"go on with: {command_line('train', f'resume={folder}')}"
+            f"go on with: {place().command(f'resume={folder}')}"
         ) from error
 
 

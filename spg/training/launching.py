@@ -20,7 +20,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -59,6 +60,7 @@ class Processes:
         self.count = count
         self.others: dict[int, subprocess.Popen[bytes]] = {}
         self._hub: Hub | None = None
+        self._unlisten: Callable[[], object] = lambda: None
         self._watch(link.current())  # processes that a launcher started may die before the block begins
 
     def __enter__(self) -> Self:
@@ -74,8 +76,10 @@ class Processes:
             return self
         self._hub = connection if isinstance(connection, Hub) else self._start()
         environment = {}
-        if place().launcher == "slurm":  # two steps of a job, or two jobs, would take the same port
-            environment = {"MASTER_PORT": str(_free_port())}
+        if place().launcher != "alone":
+            # Two steps of a SLURM job would take the same port. torchrun keeps its store when it starts all
+            # processes again, and a process might find the addresses of those that are gone there.
+            environment = {"MASTER_PORT": str(_free_port()), "TORCHELASTIC_USE_AGENT_STORE": "False"}
             os.environ.update(environment)
         file = self.run.folder / "config.yaml"
         # this process writes the changes of a run that goes on when the others have read the file, or before
@@ -112,6 +116,7 @@ class Processes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         died = None
+        self._unlisten()
         if self._hub is not None:
             died = self._end_others(self._hub, error)
         if rank() == 0:
@@ -164,6 +169,7 @@ class Processes:
         """Let this process say what happened to another one, and end if it can't go on."""
         if connection is not None:
             connection.on_death, connection.abort = self._notice, self._abort
+            self._unlisten = listen_to_signals(connection)
 
     def _notice(self, text: str) -> None:
         """Write at once what happened, since a launcher may end this process soon; say it on each node."""
@@ -183,6 +189,38 @@ class Processes:
     def _say(self, text: str) -> None:
         command = place().command(f"resume={self.run.folder}")
         os.write(2, f"{text}; go on with: {command}\n".encode())
+
+
+def listen_to_signals(connection: link.Link) -> Callable[[], object]:
+    """Let a link hear of signals at once; handlers wait for as long as an exchange of torch's blocks.
+
+    Args:
+        connection: The link of this process.
+
+    Returns:
+        What ends it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    reading, writing = socket.socketpair()
+    for side in (reading, writing):
+        side.setblocking(False)
+    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while not connection.over.wait(0.5):
+            with suppress(BlockingIOError):
+                if set(reading.recv(4096)) & {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}:
+                    connection.hurry()
+        reading.close()
+
+    threading.Thread(target=listen, daemon=True).start()
+
+    def end() -> None:
+        signal.set_wakeup_fd(before)
+        writing.close()
+
+    return end
 
 
 def _free_port() -> int:

@@ -34,7 +34,10 @@ def make_optimizer(
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
     """Scale the gradients of `parameters` [...] down to `max_norm` together; return their norm before, []."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:  # nothing was learned; torch would return a number of the CPU
+        return torch.zeros((), device=parameters[0].device)
+    norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

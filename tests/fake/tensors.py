@@ -96,10 +96,7 @@ def place() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename.startswith(SOURCES):
-            module = frame.f_code.co_filename[len(SOURCES) : -len(".py")].replace("/", ".")
-            return f"{module}.{frame.f_code.co_qualname}"
-        if frame.f_code.co_qualname == "CheckpointFunction.backward":
-            return "backward"
+            return frame.f_code.co_qualname
         frame = frame.f_back  # type: ignore[assignment]
     return "backward" if _in_backward() else "elsewhere"
 

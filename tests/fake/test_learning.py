@@ -15,6 +15,7 @@ import torch
 from spg import config
 from spg.models.policy import Policy
 from spg.rollout.decoder import Decoder
+from spg.training.module import Training
 from tests.fake.tensors import counting, pretending
 from tests.fake.toys import BLOCKS, STEPS, Learned, compose, learn, sections
 from tests.helpers import Ids, golden_policy, open_prompts
@@ -28,20 +29,20 @@ SEED = 2
 ADAPTERS = {"whole": [], "lora": ["model/lora=paper"]}
 
 # equal rows of the first step are found, to compute them once
-EQUAL_ROWS = {"models.policy.distinct_rows: unique_dim": 1}
+EQUAL_ROWS = {"distinct_rows: unique_dim": 1}
 ROLLOUT = {
-    "rollout.decoder._counts: copy to the CPU": 1,  # holes of all blocks, and whether there is padding
+    "_counts: copy to the CPU": 1,  # holes of all blocks, and whether there is padding
     **EQUAL_ROWS,
-    "rollout.decoder.Decoder._decode: tolist": BLOCKS - 1,  # which rows have ended, after a block
-    "models.policy.Policy.texts: copy to the CPU": 1,  # tokens of all completions, to score them
-    "training.metrics.rollout_metrics: tolist": 1,  # the metrics
+    "Decoder._decode: tolist": BLOCKS - 1,  # which rows have ended, after a block
+    "Policy.texts: copy to the CPU": 1,  # tokens of all completions, to score them
+    "rollout_metrics: tolist": 1,  # the metrics
 }
 UPDATE = {
-    "training.pieces.Copies.of: tolist": 1,  # sizes of everything that the pieces compute
-    "training.metrics.update_metrics: tolist": 1,  # loss, norm of the gradient, figures
+    "Copies.of: tolist": 1,  # sizes of everything that the pieces compute
+    "update_metrics: tolist": 1,  # loss, norm of the gradient, figures
 }
 # masked copies of both updates are planned, if other policies' log-probabilities are needed
-PLANS = "training.pieces.Copies.of: tolist"
+PLANS = "Copies.of: tolist"
 # before the updates, by method; nothing for others
 PREPARATION: dict[str, dict[str, int]] = {
     "coupled_grpo": {PLANS: 2},
@@ -49,13 +50,10 @@ PREPARATION: dict[str, dict[str, int]] = {
     "espo": {PLANS: 2},
     "unigrpo": {PLANS: 2},
     "reward_shift_grpo": {PLANS: 2},
-    # the largest number of decoding steps, of all and of a sequence
-    "stepwise": {
-        PLANS: 2,
-        "algorithms.masking.trajectory.Trajectory.__call__: _local_scalar_dense": 2,
-    },
+    # for the masks of both updates: the largest number of decoding steps, of all and of a sequence
+    "stepwise": {PLANS: 2, "Trajectory.__call__: _local_scalar_dense": 4},
     # whether groups are pairs
-    "vrpo": {PLANS: 2, "algorithms.objectives.dpo.partners: _local_scalar_dense": 1},
+    "vrpo": {PLANS: 2, "partners: _local_scalar_dense": 1},
 }
 
 
@@ -120,8 +118,8 @@ def test_a_cache_adds_no_wait_to_a_step(cache: str, adapter: str, precision: str
     assert there.sections.waits("step") == [EQUAL_ROWS] + [{}] * (STEPS - 1)
     # one decoding step is computed again: whether there is padding, and how many positions it committed
     compared = {
-        "rollout.decoder.logp_difference: _local_scalar_dense": 1,
-        "models.network.Positions.of_mask: tolist": 1,
+        "logp_difference: _local_scalar_dense": 1,
+        "Positions.of_mask: tolist": 1,
     }
     assert there.sections.waits("rollout") == [ROLLOUT | compared]
     assert there.sections.waits("update") == [UPDATE, UPDATE]
@@ -156,5 +154,16 @@ def test_completions_are_those_of_the_cpu(made: Any, cache: str, options: Mappin
         assert torch.equal(here.commit_step, there.commit_step.cpu())
     steps = found.waits("step")
     assert steps[1:] == [{}] * (len(steps) - 1)
-    turns = counts.waits["rollout.schedule.WhileOpen.turns: tolist"]
+    turns = counts.waits["WhileOpen.turns: tolist"]
     assert turns == (len(steps) if "threshold" in options or "factor" in options else 0)
+
+
+def test_an_update_that_learns_nothing_stays_on_the_device() -> None:
+    """Equal rewards give no gradient, whose norm torch would make on the CPU."""
+    there = learn(compose("group_size=2"), pretend=True, change=reward_equally)
+    assert [row["grad_norm"] for row in there.metrics if "grad_norm" in row] == [0.0, 0.0]
+    assert there.sections.waits("update") == [UPDATE, UPDATE]
+
+
+def reward_equally(module: Training) -> None:
+    module.advantage = lambda rewards: torch.zeros_like(rewards)

@@ -18,11 +18,11 @@ pytestmark = pytest.mark.fake
 # completions of a batch of held-out examples: sizes; equal rows, before the first step and in it; rows that
 # have ended; tokens; lengths and steps
 EVALUATION = {
-    "rollout.decoder._counts: copy to the CPU": 1,
-    "models.policy.distinct_rows: unique_dim": 2,
-    "rollout.decoder.Decoder._decode: tolist": 1,
-    "models.policy.Policy.texts: copy to the CPU": 1,
-    "evaluation.completer.Completer.__call__: tolist": 1,
+    "_counts: copy to the CPU": 1,
+    "distinct_rows: unique_dim": 2,
+    "Decoder._decode: tolist": 1,
+    "Policy.texts: copy to the CPU": 1,
+    "Completer.__call__: tolist": 1,
 }
 RUN = (*SMALL, "trainer.max_updates=4", "trainer.checkpoint_every=2")
 
@@ -48,8 +48,8 @@ def test_a_run_is_that_of_the_cpu_and_goes_on(adapter: list[str], tmp_path: Path
 
 def test_a_checkpoint_of_the_device_goes_on_on_the_cpu(tmp_path: Path) -> None:
     with pretending():
-        train_here(tmp_path, *RUN, "trainer.accelerator=cuda", "trainer.max_updates=2")
+        train_here(tmp_path, *RUN, "trainer.accelerator=auto", "trainer.max_updates=2")
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
     assert checkpoint["spg"]["updates"] == 2
-    resume(str(tmp_path), ["trainer.max_updates=4", "trainer.accelerator=cpu"])
+    resume(str(tmp_path), ["trainer.max_updates=4"])
     assert len(comparable(tmp_path)) > 4

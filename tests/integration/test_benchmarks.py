@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import common, omega, plain, rollout, update
+from benchmarks import common, gpu, omega, plain, rollout, update
 from benchmarks.laptop import PARTS, compare
 from spg.core.errors import RunError
 from tests.helpers import GOLDEN, ROOT, golden, golden_policy
@@ -216,3 +216,50 @@ def test_the_noise_of_the_mixture_at_each_omega() -> None:
     assert variances[nearest] == min(variances.values())
     assert 0 <= found["adaptive omega"] <= 1
     assert found["adaptive omega"] != 0.5, "it has learned from the sets of masks"
+
+
+def test_a_gpu_part_that_fails_or_has_no_time_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
+    def part(name: str, code: str, seconds: float = 20.0) -> gpu.Part:
+        return gpu.Part(name, seconds, (sys.executable, "-S", "-c", code))
+
+    todo = [
+        part("fails", "raise SystemExit('a reason')"),
+        part("hangs", "import time; time.sleep(60)", 0.2),
+        part("updates", "print('noise'); print('{}')"),
+        part("tests", "print('3 passed')"),
+    ]
+    found = gpu.run_parts(todo, 30.0, tmp_path)
+    assert [result["state"] for result in found.values()] == ["failed", "failed", "passed", "passed"]
+    assert "a reason" in found["fails"]["error"]
+    assert "took more than" in found["hangs"]["error"]
+    assert found["tests"]["said"] == "3 passed"
+    assert gpu.run_parts(todo, 0.0, tmp_path)["fails"]["state"] == "skipped"
+    row = {"seconds": 1.0, "planned_seconds": 2.0, "bytes": 2**30, "planned_bytes": 2**31}
+    shown = gpu.table({**found, "rollouts": {"state": "passed", "figures": {"rollout": row}}})
+    assert "| rollout | passed | 1 s | 2 s | 1 GiB | 2 GiB |" in shown
+    assert "| fails | failed |" in shown
+
+
+def test_without_a_gpu_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.long
+def test_the_gpu_command_is_rehearsed_at_the_size_of_a_toy(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "figures.json").read_text())["parts"]
+    assert {part["state"] for part in found.values()} == {"passed"}
+    for part, rows in (("rollouts", 3), ("compiled", 1), ("updates", 2)):
+        assert len(found[part]["figures"]) == rows
+        for name, row in found[part]["figures"].items():
+            assert row["planned_bytes"] == pytest.approx(row["bytes"], rel=0.1), name
+    assert (tmp_path / "table.md").read_text() in done.stdout

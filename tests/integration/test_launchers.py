@@ -113,7 +113,10 @@ def torchrun(
             "train", ("trainer.devces=2",), "there is no key 'trainer.devces'", marks=pytest.mark.long
         ),
         pytest.param(
-            "train", (*TWO, "-m", "seed=1,2"), "a multirun can't be shared by the 2", marks=pytest.mark.long
+            "train",
+            (*TWO, "-m", "seed=1,2"),
+            "srun started 2 processes, but a job of a multirun",
+            marks=pytest.mark.long,
         ),
         pytest.param(
             "train",

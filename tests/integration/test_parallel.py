@@ -231,6 +231,7 @@ def test_another_number_of_processes_goes_on_with_the_same_update(
 ) -> None:
     """A run that is resumed by more or fewer processes equals one of one process, up to rounding."""
     lines = [*QUICK, *SMALL, "trainer.prompts_per_rollout=6", "trainer.accelerator=cpu"]
+    lines += ["trainer.validate_every=2"]
     folder = tmp_path / "several"
     first, second = ([f"trainer.strategy={name}", f"trainer.devices={n}"] for name, n in (before, after))
     run("train", *lines, *first, "trainer.max_updates=2", folder=folder)

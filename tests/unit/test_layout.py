@@ -10,7 +10,7 @@ from tests.helpers import ROOT
 
 LONGEST_MODULE, LONGEST_FUNCTION = 400, 60
 FILES = sorted((ROOT / "spg").rglob("*.py"))
-COMMANDS = {"train", "pretrain", "evaluate", "pairs", "export", "figures", "reproduce"}
+COMMANDS = {"train", "pretrain", "evaluate", "pairs", "export", "figures", "reproduce", "plan"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -30,7 +30,7 @@ EVERY += [f"estimator@positive={option}" for option in OPTIONS["estimator"]]
 def test_every_option_composes_and_builds(override: str) -> None:
     task = [f"task={override.rpartition('_')[2]}"] if override.startswith("tuned/task=") else []
     pairs = ["group_size=2", f"preferences.path={__file__}"] if override == "preferences=pairs" else []
-    cfg = config.compose("config", [override, *task, *pairs])
+    cfg = config.compose("plan" if override.startswith("hardware=") else "config", [override, *task, *pairs])
     for node in (cfg.task, cfg.masking, cfg.advantage, cfg.decoding, cfg.algorithm.objective):
         assert config.build(node) is not None
     with torch.device("meta"):
@@ -72,10 +72,10 @@ def test_symbols_reach_the_constructors() -> None:
 def test_every_number_and_choice_has_a_rule() -> None:
     """A number without a rule would be checked nowhere."""
     free = {"weights", "project", "entity", "path", "output", "run", "wandb", "experiment", "resume"}
-    free |= {"sweep", "measure", "page", "file", "lora", "generations", "prompt_file", "train_path"}
+    free |= {"sweep", "measure", "page", "name", "file", "lora", "generations", "prompt_file", "train_path"}
     free |= {"adapter", "checkpoint", "revision", "mask_token", "eos_token", "pad_token"}
     given = {"config": ["logger=wandb", "model.lora=default"], "reproduce": ["file=x"], "export": ["run=x"]}
-    for primary in ("config", "evaluate", "export", "pretrain", "pairs", "figures", "reproduce"):
+    for primary in ("config", "evaluate", "export", "pretrain", "pairs", "figures", "reproduce", "plan"):
         cfg = config.compose(primary, given.get(primary, []))
         rules = config.rules(cfg)
         raw = OmegaConf.to_container(cfg, resolve=False)
@@ -188,10 +188,19 @@ def test_the_answer_comes_fast_and_without_torch() -> None:
     assert "nearest: estimator=mixture" in done.stderr
 
 
+def test_help_of_a_plan_names_its_own_keys_and_those_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    config.show_help("plan")
+    text = capsys.readouterr().out
+    for words in ("hardware=h100", "NVIDIA A100 SXM with 40 GB", "prompt_tokens=", "model=tiny", "num_mc=2"):
+        assert words in text
+
+
 def test_help_names_every_group_option_and_key() -> None:
     command = [sys.executable, "-m", "spg.train", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
     for group, options in OPTIONS.items():
+        if group == "hardware":  # only spg.plan has it
+            continue
         assert f"{group}=" in text
         for option in options:
             assert f"  {option} " in text

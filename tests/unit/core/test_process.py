@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from omegaconf import OmegaConf
 
+from spg.config import ConfigError
+from spg.config import check_launcher as check_numbers
 from spg.core.errors import InputError
 from spg.core.process import RANK, Place, check_launcher, find_place, first_host
 
@@ -165,3 +168,15 @@ def test_a_command_to_go_on_is_one_for_the_same_launcher() -> None:
     assert Place().command("resume=a b") == "python -m spg.train 'resume=a b'"
     assert find_place(TORCHRUN).command("x=1") == "torchrun <options as before> -m spg.train x=1"
     assert find_place(TASK).command("x=1") == "srun <options as before> python -m spg.train x=1"
+
+
+def test_a_job_of_a_multirun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = OmegaConf.create({"trainer": {"nodes": 2, "devices": 2}})
+    with pytest.raises(ConfigError, match=r"trainer\.nodes=2, but a job of a multirun is one process that"):
+        check_numbers(cfg, multirun=True)
+    del cfg.trainer["nodes"]  # not in runs of version 0.5
+    check_numbers(cfg, multirun=True)
+    for name, value in TASK.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="srun started 4 processes, but a job"):
+        check_numbers(cfg, multirun=True)

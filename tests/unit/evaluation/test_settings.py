@@ -183,7 +183,7 @@ def test_a_run_that_knew_no_threshold_is_evaluated_with_one(trained: Path, tmp_p
     file.write_text(text)
     cfg = settings(f"run={tmp_path / 'run'}", "decoding.threshold=0.4")
     assert cfg.decoding.threshold == 0.4
-    assert "threshold" not in settings(f"run={tmp_path / 'run'}").decoding
+    assert settings(f"run={tmp_path / 'run'}").decoding.get("threshold") is None
 
 
 def test_steps_that_a_run_s_threshold_leaves_unread_are_noted(
