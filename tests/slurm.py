@@ -7,6 +7,7 @@ as are asked for. A job may be signalled, as SLURM does before the time limit, a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -58,6 +59,17 @@ def wait_for_all(environment: dict[str, str], seconds: float) -> dict[str, dict[
     return jobs_in(environment)
 
 
+def end_all(environment: dict[str, str]) -> None:
+    """End the jobs that a test has left behind."""
+    folder = Path(environment[STATE])
+    for job in jobs_in(environment).values():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(job["supervisor"], signal.SIGKILL)
+    for path in folder.glob("*.step*"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(path.read_text()), signal.SIGINT)  # srun ends its tasks
+
+
 def _say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
@@ -101,9 +113,10 @@ def sbatch(words: list[str]) -> int:
             "cwd": os.getcwd(),
         }
         _note(job, JobID=job, State="RUNNING", raw=number + (index or 0), array=number, **about)
-        subprocess.Popen(
+        supervisor = subprocess.Popen(
             ["supervise", job], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
+        _note(job, supervisor=supervisor.pid)
     _say(f"Submitted batch job {number}")
     return 0
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,14 +28,15 @@ CPU = "trainer.accelerator=cpu"
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> dict[str, str]:
+def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Environment in which SLURM's commands are the stand-ins."""
     environment = slurm.install(tmp_path / "slurm")
     path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    return environment | {"PYTHONPATH": str(ROOT), "PATH": path, "OMP_NUM_THREADS": "1"}
+    yield environment | {"PYTHONPATH": str(ROOT), "PATH": path, "OMP_NUM_THREADS": "1"}
+    slurm.end_all(environment)
 
 
-def wait_for_update(folder: Path, update: int, seconds: float = 120.0) -> None:
+def wait_for_update(folder: Path, update: int, seconds: float = 300.0) -> None:
     """Wait until the run in `folder` has logged an update."""
     deadline, path = time.monotonic() + seconds, folder / "metrics.csv"
     while not path.is_file() or not any(int(row["update"]) >= update for row in read_csv(path)):
