@@ -25,6 +25,9 @@ def job(cfg: DictConfig) -> None:
         ConfigError: before anything is measured, if the settings contradict each other.
     """
     config.check(cfg)
+    if cfg.trainer.strategy == "auto" and cfg.trainer.devices * cfg.trainer.nodes > 1:
+        cfg.trainer.strategy = "ddp"
+        log.info("Planned with trainer=ddp, which several processes need")
     if cfg.resume is not None:
         raise ConfigError(
             f"resume={cfg.resume}: a plan is of a new run; give the settings of the run instead"

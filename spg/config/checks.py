@@ -125,7 +125,7 @@ def check_trainer(cfg: DictConfig) -> None:
             f"trainer.prompts_per_rollout={trainer.prompts_per_rollout} can't be shared out among "
             f"{given} processes; give a multiple of {count}"
         )
-    if count > 1 and trainer.strategy == "auto":
+    if count > 1 and trainer.strategy == "auto" and "hardware" not in cfg:  # a plan takes ddp
         raise ConfigError(f"{given} needs trainer=ddp (trainer.strategy=ddp with resume=...)")
     if trainer.get("checkpoint_format") == "sharded" and trainer.strategy != "fsdp":
         raise ConfigError(

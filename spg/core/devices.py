@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the CPU on a device; from pinned memory, a copy to a GPU is not waited for."""
+    """Return a tensor [...] of the CPU on a device, without waiting for the copy to a GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

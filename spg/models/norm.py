@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the type in which products of `x` are computed: that of autocast, if it is on."""
+    """Return the type in which products of `x` [...] are computed: that of autocast, if it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 

@@ -163,7 +163,7 @@ def write_slices(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_shapes(folder: Path) -> dict[str, Tensor]:
-    """Return what a folder holds: tensors on the meta device, by their names.
+    """Return what a folder holds: tensors [...] on the meta device, by their names.
 
     Raises:
         ValueError: if a file of the folder is missing, or shorter than it was.
@@ -214,7 +214,7 @@ def describe_tensors(checkpoint: dict[str, Any], folder: Path) -> None:
 
 
 def named_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by the names that they have in a folder."""
+    """Return the tensors [...] of a checkpoint by the names that they have in a folder."""
     tensors: dict[str, Tensor] = {f"{WEIGHT}{name}": t for name, t in checkpoint["state_dict"].items()}
     for index, states in enumerate(checkpoint.get("optimizer_states", ())):
         for number, entries in states["state"].items():

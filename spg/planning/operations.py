@@ -64,7 +64,7 @@ def count_operations(func: Any, args: Sequence[Any], results: Sequence[Tensor]) 
     Args:
         func: The operation, of torch.ops.aten.
         args: Its arguments.
-        results: The tensors that it returns.
+        results: The tensors [...] that it returns.
     """
     name = func._schema.name.partition("::")[2].removesuffix("_")  # in place too
     return PRODUCTS[name](args, results) if name in PRODUCTS else 0

@@ -47,7 +47,7 @@ def show_plan(plan: Plan, cfg: DictConfig, assumptions: Assumptions) -> None:
             phase.name,
             _size(phase.bytes),
             f"{phase.bytes / hardware.memory:.0%}",
-            f"{phase.work.operations / 1e12:,.4g}",
+            f"{phase.work.operations / 1e12:,.{1 if phase.work.operations < 1e15 else 0}f}",
             _size(phase.work.moved),
             duration(phase.seconds),
             str(phase.times),

@@ -138,9 +138,11 @@ def csv_text(columns: Sequence[str], rows: Sequence[Row]) -> str:
 def _read_job(folder: Path) -> Job:
     status = read_status(folder)
     path = folder / "summary.json"
+    # a status that can't be read is not one that is still to come
+    otherwise = "of unknown state" if (folder / "status.json").is_file() else "running"
     return Job(
         name=folder.name,
-        state=status.get("state", "running"),
+        state=status.get("state", otherwise),
         overrides=status.get("overrides", {}),
         updates=status.get("updates"),
         error=status.get("error"),

@@ -94,6 +94,7 @@ def test_killed_again_and_again(whole: Path, tmp_path: Path, number: int) -> Non
     assert same_run(whole, folder)
 
 
+@pytest.mark.long
 def test_ctrl_c_saves_and_says_how_to_go_on(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     line = command("tests.faults", "interrupted=14", "spg.train", *LONG_RUN, f"hydra.run.dir={folder}")

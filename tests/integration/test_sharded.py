@@ -38,6 +38,7 @@ def folders(run: Path) -> set[str]:
     return {path.name for path in (run / "checkpoints").glob("*.slices")}
 
 
+@pytest.mark.long
 def test_slices_hold_what_a_whole_file_does(tmp_path: Path) -> None:
     """One process; its checkpoint is evaluated and exported, and the run goes on with whole files."""
     lines = [*FSDP, "trainer.devices=1", *LINES, "task.eval_size=4"]

@@ -57,7 +57,7 @@ def test_it_tells_its_version() -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("trian", "spg trian: there is no such command; allowed: train, evaluate,"),
+        ("trian", "spg trian: there is no such command; allowed: plan, train, evaluate,"),
         ("evalute", "nearest: evaluate"),
         ("task=sudoku", "spg task=sudoku: there is no such command"),
     ],

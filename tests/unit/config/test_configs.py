@@ -47,6 +47,7 @@ def test_other_entry_points_compose(primary: str) -> None:
     assert config.build(cfg.decoding, temperature=0.0).gen_length == 24
 
 
+@pytest.mark.long
 def test_pairs_of_methods_build() -> None:
     for estimator, masking in itertools.product(OPTIONS["estimator"], OPTIONS["masking"][:2]):
         advantage = OPTIONS["advantage"][len(estimator) % 4]

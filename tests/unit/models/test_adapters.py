@@ -201,6 +201,7 @@ def test_an_adapter_of_another_s_making(tmp_path: Path) -> None:
     assert list(evaluated(tmp_path / "e", f"adapter={tmp_path / 'theirs'}")["results"]) == ["theirs"]
 
 
+@pytest.mark.long
 def test_a_folder_that_can_t_be_evaluated_is_refused_before_weights_are_read(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +250,7 @@ def test_another_base_than_an_adapter_s_own_is_told(
     assert f"was trained on {name}, and is evaluated on random weights" in caplog.text
 
 
+@pytest.mark.long
 def test_with_dropout_a_resumed_run_is_the_same(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     with pytest.MonkeyPatch.context() as patch:

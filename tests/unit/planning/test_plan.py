@@ -133,6 +133,14 @@ def test_a_run_that_does_not_fit_is_told_what_to_change(
     assert 0 < saved["largest_micro_batch"]["no checkpointing"] < 8
 
 
+def test_several_processes_are_planned_as_ddp(caplog: pytest.LogCaptureFixture) -> None:
+    cfg = config.compose("plan", [*SMALL, "trainer.devices=2"])
+    with caplog.at_level(logging.INFO):
+        job(cfg)
+    assert cfg.trainer.strategy == "ddp"
+    assert "Planned with trainer=ddp" in caplog.text
+
+
 def test_a_plan_is_of_a_new_run() -> None:
     with pytest.raises(ConfigError, match="a plan is of a new run"):
         job(config.compose("plan", [*SMALL, "resume=somewhere"]))

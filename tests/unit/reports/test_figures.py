@@ -174,7 +174,7 @@ def test_errors_name_the_remedy(sweep: Path, tmp_path: Path) -> None:
         make_job(failed, str(i), {"beta": 1, "seed": i}, state=state)
     assert "(2 failed, 1 interrupted); run the same command again" in answer(failed)
     (failed / "0" / "status.json").write_text("{")
-    assert "status.json can't be read as JSON" in answer(failed)
+    assert "(1 of unknown state, 1 failed, 1 interrupted)" in answer(failed)
     assert not (tmp_path / "out").exists()
 
 

@@ -76,7 +76,13 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, marks=[pytest.mark.long] if c in ("one line", "two keys", "null") else [])
+        for c in SETTINGS
+    ],
+)
 def test_figures_are_drawn(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "DPI", 40)  # faster
     keys = list(SETTINGS[case][0])

@@ -495,7 +495,12 @@ def same_in_any_batches(policy: Policy, decoder: Decoder, prompts: Prompts) -> N
 
 
 @pytest.mark.parametrize(
-    "lines", [[], ["decoding.remasking=margin"], ["decoding=full_sequence", "decoding.remasking=entropy"]]
+    "lines",
+    [
+        [],
+        pytest.param(["decoding.remasking=margin"], marks=pytest.mark.long),
+        pytest.param(["decoding=full_sequence", "decoding.remasking=entropy"], marks=pytest.mark.long),
+    ],
 )
 def test_greedy_sudoku_is_the_same_in_batches_of_any_size(lines: list[str]) -> None:
     cfg = config.compose("config", lines)

@@ -147,6 +147,7 @@ def test_all_canonical_solutions_pass(humaneval: HumanEval) -> None:
     assert [row["task_id"] for row, m in zip(rows, measured, strict=True) if m != right] == []
 
 
+@pytest.mark.long
 def test_all_truncated_solutions_fail(humaneval: HumanEval) -> None:
     """Half of the body's lines are kept, or none; what then goes on without end is cut off sooner."""
     rows = humaneval.examples("heldout")

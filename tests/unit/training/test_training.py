@@ -26,7 +26,13 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_a_run_leaves(quick: Path) -> None:
     for name in ("config.yaml", "metrics.csv", "summary.json", "curve.png", "weights.safetensors"):
         assert (quick / name).stat().st_size > 0, name
-    assert sorted(p.name for p in (quick / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(p.name for p in (quick / "checkpoints").iterdir()) == [
+        "best.ckpt",
+        "best.ckpt.sha256",
+        "config.yaml",
+        "last.ckpt",
+        "last.ckpt.sha256",
+    ]
     summary = json.loads((quick / "summary.json").read_text())
     for key in (
         "accuracy.before",
@@ -114,7 +120,7 @@ def test_evaluation_of_no_run_is_refused(tmp_path: Path) -> None:
 
 def test_mistakes_found_in_the_job_are_one_line(tmp_path: Path) -> None:
     text = run("train", "task.path=missing.csv", folder=tmp_path, check=False)
-    assert "missing.csv is not a file" in text
+    assert "task.path=missing.csv: there is no such file" in text
     assert "Traceback" not in text
     (tmp_path / "w.safetensors").write_bytes(b"no weights")
     text = run("train", f"model.weights={tmp_path / 'w.safetensors'}", folder=tmp_path, check=False)
