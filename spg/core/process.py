@@ -141,7 +141,8 @@ def _under_torchrun(environ: Mapping[str, str]) -> Place:
     size = int(environ["WORLD_SIZE"])
     local = int(environ.get("LOCAL_WORLD_SIZE", size))
     nodes = int(environ.get("GROUP_WORLD_SIZE", -(-size // local)))
-    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
+    # without the number of the restart, which torchrun counts differently on the node where a process died
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
     return Place(
         "torchrun",
         rank=int(environ["RANK"]),

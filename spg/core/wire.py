@@ -169,7 +169,8 @@ def greet(
     except OSError:
         return None
     wire.send(**about)
-    messages = wire.read()
+    # the first process may be busy for seconds: loading libraries, it holds the interpreter's lock
+    messages = next((found for _ in range(6) if (found := wire.read()) != []), [])
     if messages and "welcome" in messages[0]:
         return wire, messages[0], messages[1:]
     wire.close()

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from spg import config
 from spg.config import ConfigError
+from spg.core import link
 from spg.core.commands import command_line
 from spg.core.errors import Interrupted, RunError
 from spg.core.files import DISK_FULL
@@ -181,7 +182,7 @@ def work(run: Run, train: Train) -> bool:
     check_checkpoints_are_there(run)
     with run.stop.listen():
         try:
-            with record_failure(run.folder), _explain_full_disk(run.folder):
+            with record_failure(run.folder), _explain_full_disk(run.folder), _explain_early_stop(run):
                 asked = train(run)
         except Interrupted:
             run.stop.over = True
@@ -190,6 +191,21 @@ def work(run: Run, train: Train) -> bool:
             raise
         write_status(run.folder, state="finished", updates=run.cfg.trainer.max_updates)
     return asked
+
+
+@contextmanager
+def _explain_early_stop(run: Run) -> Iterator[None]:
+    """Raise RunError if a launcher stopped this process before training, because another one has died.
+
+    Otherwise trainer.requeue would start a run again and again that can't begin.
+    """
+    try:
+        yield
+    except Interrupted as stop:
+        connection = link.current()
+        if connection is not None and connection.dead is not None and not run.stop.training:
+            raise RunError(f"{connection.dead}; the others were ended") from stop
+        raise
 
 
 @contextmanager

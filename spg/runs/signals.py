@@ -136,8 +136,12 @@ def requeue(by: signal.Signals | None, environ: Mapping[str, str] = os.environ) 
 
 
 def _was_cancelled(job: str) -> bool:
-    found = re.search(r"JobState=(\w+)", _ask("scontrol", "show", "job", job)[1])
-    return found is not None and found[1] == "CANCELLED"
+    """Return whether a job ends because its user cancelled it, and not because of its time limit."""
+    found = re.search(r"JobState=(\w+)(?: Reason=(\w+))?", _ask("scontrol", "show", "job", job)[1])
+    if found is None:
+        return False
+    # while the tasks of a cancelled job still end, SLURM calls it COMPLETING, as it does at the time limit
+    return found[1] == "CANCELLED" or (found[1] == "COMPLETING" and found[2] != "TimeLimit")
 
 
 def _ask(*command: str) -> tuple[int, str]:

@@ -73,6 +73,8 @@ def find_checkpoint(given: Path | None, folder: Path) -> Path | None:
         if broken is not None:
             log.warning("%s; going on from %s, of update %d", broken, path.name, update)
         return path
+    if broken is None and any(folder.glob("*.ckpt")):
+        broken = f"{folder} has no last.ckpt"
     if broken is not None:
         raise RunError(
             f"{broken}; no other whole checkpoint is there, and nothing was changed. Put a checkpoint of the "
@@ -159,6 +161,8 @@ def _replace(file: Path, checkpoint: Path, kept_as: Path) -> None:
         return
     staged = file.with_name(f"{file.name}.tmp")
     shutil.copyfile(checkpoint, staged)
+    if kept_as.resolve() == checkpoint.resolve():  # it is still read from
+        kept_as = kept_as.with_stem(f"{kept_as.stem}-2")
     if file.exists():
         kept_as.unlink(missing_ok=True)
         os.link(file, kept_as)

@@ -89,7 +89,7 @@ def fit(module: Training, run: Run, settings: TrainerSettings, start: Start | No
     interruption = Interruption(run.stop)
     validation = Validation(settings.validate_every)
     tested = BeforeAndAfter(saved / "best.ckpt", validation)
-    checkpoints = Checkpoints(settings.checkpoint_every, saved, validation, interruption, settings.keep_every)
+    checkpoints = Checkpoints(settings.checkpoint_every, saved, validation, settings.keep_every)
     callbacks: list[pl.Callback] = [interruption, tested, validation, checkpoints]
     loggers: list[Logger] = []
     if first:

@@ -12,7 +12,6 @@ from spg.core.checksums import put_in_place_with_sum
 from spg.core.errors import RunError
 from spg.runs.directory import copy_config
 from spg.runs.status import write_status
-from spg.training.callbacks.interruption import Interruption
 from spg.training.callbacks.periodic import Periodic
 from spg.training.callbacks.validation import Validation
 from spg.training.checkpoint_files import SummedFiles
@@ -32,7 +31,6 @@ class Checkpoints(Periodic):
         every: Updates between two writings of last.ckpt.
         folder: Where the files go.
         validation: Knows which update is the best.
-        interruption: Knows whether the run was asked to stop.
         keep_every: Updates between checkpoints that are kept under their own names,
             update-<number>.ckpt; None for none.
 
@@ -45,13 +43,11 @@ class Checkpoints(Periodic):
         every: int,
         folder: Path,
         validation: Validation,
-        interruption: Interruption,
         keep_every: int | None = None,
     ) -> None:
         super().__init__(every)
         self.folder = folder
         self.validation = validation
-        self.interruption = interruption
         self.keep_every = keep_every
         self._best_update = 0
         self.files = SummedFiles()
@@ -74,7 +70,8 @@ class Checkpoints(Periodic):
         if self.keep_every and module.updates // self.keep_every > self._seen // self.keep_every:
             self._save(trainer, f"update-{module.updates:06d}.ckpt")
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
-        if self.interruption.asked:
+        # not `interruption.asked`: a signal may have come to this process alone since all agreed
+        if trainer.should_stop:
             self.act(trainer, module)
 
     def act(self, trainer: pl.Trainer, module: Training) -> None:

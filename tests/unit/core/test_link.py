@@ -17,7 +17,7 @@ from spg.core import link as link_module
 from spg.core import wire
 from spg.core.errors import RunError
 from spg.core.link import Hub, Link, Member
-from spg.core.wire import ports
+from spg.core.wire import Wire, greet, ports
 from tests.helpers import ROOT
 
 
@@ -252,3 +252,25 @@ def test_a_forked_process_does_not_keep_a_connection_open(opened: Callable[..., 
     assert hub.died.wait(5.0), "the child holds nothing"
     os.write(go[1], b"x")
     os.waitpid(child, 0)
+
+
+def test_a_first_process_that_is_busy_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It accepts a connection, and answers when it has time."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        read, empty = Wire.read, iter([[], []])  # two times nothing within the limit of a read
+
+        def read_later(own: Wire) -> list | None:
+            found = next(empty, None)
+            return read(own) if found is None else found
+
+        monkeypatch.setattr(Wire, "read", read_later)
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            connection.sendall(b'{"welcome": "host", "pid": 1}\n')
+
+        threading.Thread(target=answer, daemon=True).start()
+        found = greet("127.0.0.1", port, {"token": "t"})
+    assert found is not None
+    assert found[1] == {"welcome": "host", "pid": 1}

@@ -8,13 +8,14 @@ import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from spg import config
 from spg.config import ConfigError
-from spg.core.errors import Interrupted
+from spg.core.errors import Interrupted, RunError
 from spg.runs import lifecycle
 from spg.runs.directory import copy_config, read_config
 from spg.runs.jobs import train_job
@@ -247,3 +248,23 @@ def test_a_run_that_a_signal_stops_is_requeued(
         lifecycle.start_or_resume(cfg, tmp_path / "run", [], stop_by_signal)
     assert calls == ([signal.SIGUSR1] if asked else [])
     assert read_status(tmp_path / "run")["state"] == "interrupted"
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_run_that_another_process_s_death_stopped_at_its_start_has_failed(
+    training: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launchers end the other processes by SIGTERM; put into the queue again, it would never get further."""
+    asked = []
+    monkeypatch.setattr(lifecycle, "requeue", asked.append)
+    monkeypatch.setattr(lifecycle.link, "current", lambda: MagicMock(dead="the process of rank 1 failed"))
+    cfg = config.compose("config", [*QUICK, "trainer.requeue=true"])
+
+    def train(run: Run) -> bool:
+        run.stop.training = training
+        raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted if training else RunError):
+        lifecycle.start_or_resume(cfg, tmp_path / "run", [], train)
+    assert len(asked) == training
+    assert read_status(tmp_path / "run")["state"] == ("interrupted" if training else "failed")

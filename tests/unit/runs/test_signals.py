@@ -126,6 +126,13 @@ def test_a_cancelled_job_and_ctrl_c_are_not_requeued(slurm: Path, caplog: pytest
     requeue(signal.SIGINT)
     requeue(None)
     assert (slurm / "calls").read_text() == "show job 17\n"
+    caplog.clear()
+    (slurm / "answer").write_text("JobId=17 JobName=spg\n   JobState=COMPLETING Reason=None Dependency=\n")
+    requeue(signal.SIGTERM)
+    assert "Job 17 was cancelled" in told(caplog), "its tasks still end"
+    (slurm / "answer").write_text("JobId=17 JobName=spg\n   JobState=COMPLETING Reason=TimeLimit\n")
+    requeue(signal.SIGTERM)
+    assert "requeue 17" in (slurm / "calls").read_text(), "time was up"
 
 
 def test_without_slurm_there_is_one_warning(
