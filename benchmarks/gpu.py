@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,22 +144,19 @@ def roll_out(real: Real) -> Any:
     return collect(real.policy, t.sampler, real.task, t.advantage, rows, t.group_size, seed=0)[0]
 
 
-def rollouts(given: argparse.Namespace) -> dict[str, Any]:
-    """Time a rollout with each cache, and measure its memory beside the plan."""
-    found = {}
-    for cache in ("none", "prefix", "dual"):
-        cfg = compose(given, f"decoding.cache={cache}")
-        found[f"rollout, cache={cache}"] = compared(made(cfg, given), planned(cfg).rollout()[0], given)
-    return found
+def rollout(given: argparse.Namespace, cache: str) -> dict[str, Any]:
+    """Time a rollout with a cache, and measure its memory beside the plan."""
+    cfg = compose(given, f"decoding.cache={cache}")
+    return {f"rollout, cache={cache}": compared(made(cfg, given), planned(cfg).rollout()[0], given)}
 
 
 def compared(real: Real, plan: Any, given: argparse.Namespace) -> dict[str, Any]:
     """Return seconds and memory of a rollout, after one that warms up, and what the plan says."""
     where = device(given)
     roll_out(real)
-    seconds = measure_seconds(lambda: roll_out(real), where)
-    peak = peak_of(lambda: roll_out(real), real.policy, where)
-    return figures(seconds, peak, plan)
+    seconds: list[float] = []
+    peak = peak_of(lambda: seconds.append(measure_seconds(lambda: roll_out(real), where)), real.policy, where)
+    return figures(seconds[0], peak, plan)
 
 
 def figures(seconds: float, peak: int, plan: Any) -> dict[str, Any]:
@@ -179,31 +177,33 @@ def compiled(given: argparse.Namespace) -> dict[str, Any]:
     return {"rollout, compiled": compared(real, planned(cfg).rollout()[0], given)}
 
 
-def updates(given: argparse.Namespace) -> dict[str, Any]:
-    """Time updates with 2 and 16 draws, and measure their memory beside the plan."""
-    found = {}
-    for draws in (2, 16):
-        cfg = compose(given, f"num_mc={draws}")
-        real, where = made(cfg, given), device(given)
-        gradient, batch = real.training.gradient, real.batch(roll_out(real))
-        batch = gradient.freeze(batch, policy_changes=False)
-        real.policy.train()
+def update(given: argparse.Namespace, draws: int) -> dict[str, Any]:
+    """Time an update with so many draws, and measure its memory beside the plan."""
+    cfg = compose(given, f"num_mc={draws}")
+    real, where = made(cfg, given), device(given)
+    gradient, batch = real.training.gradient, real.batch(roll_out(real))
+    batch = gradient.freeze(batch, policy_changes=False)
+    real.policy.train()
 
-        def work(gradient: Any = gradient, batch: Any = batch, real: Real = real) -> None:
-            real.policy.zero_grad()
-            gradient.add(batch)
-
-        work()
-        seconds = measure_seconds(work, where)
+    def work() -> None:
         real.policy.zero_grad()
-        peak = peak_of(work, real.policy, where)
-        measure = planned(cfg)
-        part, _ = measure.update(measure.batch(measure.rollout()[1]), cfg.trainer.micro_batch_size)
-        found[f"update, m={draws}"] = figures(seconds, peak, part)
-    return found
+        gradient.add(batch)
+
+    work()
+    seconds = measure_seconds(work, where)
+    real.policy.zero_grad()
+    peak = peak_of(work, real.policy, where)
+    measure = planned(cfg)
+    part, _ = measure.update(measure.batch(measure.rollout()[1]), cfg.trainer.micro_batch_size)
+    return {f"update, m={draws}": figures(seconds, peak, part)}
 
 
-MEASURED = {"rollouts": rollouts, "compiled": compiled, "updates": updates}
+# each in a process of its own, so that none holds memory of another, or takes its figures along if it fails
+MEASURED: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    **{f"rollout-{cache}": partial(rollout, cache=cache) for cache in ("none", "prefix", "dual")},
+    "rollout-compiled": compiled,
+    **{f"update-{draws}": partial(update, draws=draws) for draws in (2, 16)},
+}
 
 
 def parts(given: argparse.Namespace, folder: Path) -> list[Part]:
@@ -217,7 +217,7 @@ def parts(given: argparse.Namespace, folder: Path) -> list[Part]:
         tiny += ["experiment=quick", "trainer.accelerator=cpu", "trainer.max_updates=4", "task.eval_size=8"]
     else:
         tiny += ["trainer.accelerator=cuda", "trainer.max_updates=80", "task.eval_size=64"]
-    measured = [Part(name, 150.0, (*own, "--part", name)) for name in MEASURED]
+    measured = [Part(name, 110.0, (*own, "--part", name)) for name in MEASURED]
     return [Part("tests", 150.0, tuple(tests)), Part("tiny run", 90.0, tuple(tiny)), *measured]
 
 

@@ -245,17 +245,19 @@ class Measure:
     def pass_alone(self, batch: UpdateBatch, size: int) -> int:
         """Return the bytes of a pass over `size` masked sequences, with the gradients of one before it."""
         draws = min(size, batch.samples.scored.shape[1])
-        index = _heaviest(batch, -(-size // draws))
-        few = UpdateBatch.of(batch.experience.select(index), _fewer_draws(batch.samples, draws).select(index))
+        few = _select_heaviest(batch, -(-size // draws), draws)
         self.training.micro_batch_size = None
         with self.computing():
             self.policy.train("old" not in self.training.objective.needs)
             ready = self.training.gradient.freeze(few, policy_changes=True)
+            follows = size < _masked(self.training, batch) and not self.sliced
+            if follows:  # so that gradients are there before
+                self.training.gradient.add(ready)
             start = self.ledger.begin()
             self.training.gradient.add(ready)
             most = self.ledger.peak - start
             self.policy.zero_grad()
-        return most + (0 if self.sliced else FLOAT * self.trained)
+        return most + (FLOAT * self.trained if follows else 0)
 
     def _freeze(self, batch: UpdateBatch, policy_changes: bool) -> Part:
         start = self.ledger.begin()
@@ -290,18 +292,28 @@ def _cut(batch: UpdateBatch, micro_batch_size: int | None) -> UpdateBatch:
     if micro_batch_size is None or rows * draws <= 2 * micro_batch_size:
         return batch
     kept = min(draws, max(2, 2 * micro_batch_size))
-    count = min(rows, max(2, -(-2 * micro_batch_size // kept)))
-    samples = _fewer_draws(batch.samples, kept)
-    index = _heaviest(batch, count)
-    return UpdateBatch.of(batch.experience.select(index), samples.select(index))
+    return _select_heaviest(batch, min(rows, max(2, -(-2 * micro_batch_size // kept))), kept)
 
 
-def _heaviest(batch: UpdateBatch, count: int) -> torch.Tensor:
-    """Return the numbers of the `count` sequences with most to score; of two, the first pair of a group."""
-    if count == 2:
-        return torch.arange(2)
-    most = batch.samples.scored.sum((1, 2)).argsort(descending=True, stable=True)
-    return most[:count].sort().values
+def _select_heaviest(batch: UpdateBatch, count: int, draws: int) -> UpdateBatch:
+    """Return `count` sequences with most to score, with the first `draws` of their masked samples.
+
+    The rest of their groups comes along with nothing to score: objectives compare within a group.
+    """
+    samples = _fewer_draws(batch.samples, draws)
+    group = batch.experience.rollout.group
+    order: dict[int, None] = {}
+    for row in samples.scored.sum((1, 2)).argsort(descending=True, stable=True).tolist():
+        if len(order) >= count:
+            break
+        order.setdefault(row)
+        for other in (group == group[row]).nonzero().flatten().tolist():
+            order.setdefault(other)
+    numbers = list(order)
+    scored = samples.scored.clone()
+    scored[numbers[count:]] = False
+    index = torch.tensor(sorted(numbers))
+    return UpdateBatch.of(batch.experience.select(index), replace(samples, scored=scored).select(index))
 
 
 def _fewer_draws(samples: MaskedSamples, draws: int) -> MaskedSamples:

@@ -239,6 +239,7 @@ def test_a_job_that_another_process_is_at_work_on_is_left_alone(tmp_path: Path) 
     assert (tmp_path / LEFT_ALONE).read_text().startswith(f"job: {tmp_path / 'job'} is in use")
 
 
+@pytest.mark.long
 def test_more_updates_train_on(serial: tuple[Path, str], tmp_path: Path) -> None:
     """A finished job of two updates, asked for four, is the job that was asked for four at once."""
     lines, values = ["estimator=elbo", "seed=1"], {"estimator": "elbo", "seed": 1}

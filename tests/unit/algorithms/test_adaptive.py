@@ -327,6 +327,7 @@ def test_what_was_learned_is_in_the_state() -> None:
     assert again.sandwich.negative.omega == 0.5
 
 
+@pytest.mark.long
 def test_a_resumed_run_goes_on_with_its_omega(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = (
         "omega=auto",

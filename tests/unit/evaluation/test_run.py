@@ -74,6 +74,7 @@ def test_what_an_evaluation_leaves(whole: Path) -> None:
     assert read_status(whole)["state"] == "finished"
 
 
+@pytest.mark.long
 def test_batches_of_any_size_give_the_same_completions(tmp_path: Path) -> None:
     """Where rounding could turn a decision, the line says so."""
     for size in (1, 16):

@@ -43,7 +43,8 @@ def measure_of(*lines: str) -> Measure:
     return Measure(cfg, build(cfg.hardware), build(cfg.assumptions), prompting(cfg))
 
 
-@pytest.mark.parametrize("cache", [pytest.param("none", marks=pytest.mark.long), "prefix"])
+@pytest.mark.long
+@pytest.mark.parametrize("cache", ["none", "prefix"])
 def test_the_work_between_measured_questions_is_that_of_all(
     cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +72,24 @@ def test_an_update_in_pieces_counts_all_pieces_and_needs_less() -> None:
     assert made.pass_alone(batch, 3) >= 0.9 * pieces.bytes
 
 
+@pytest.mark.parametrize("method", ["vrpo", "wd1"])
+def test_pieces_of_methods_that_compare_within_a_group_are_measured(method: str) -> None:
+    made = measure_of(f"algorithm={method}", "num_mc=2", "trainer.prompts_per_rollout=4")
+    batch = made.batch(made.rollout()[1])
+    sizes = [made.pass_alone(batch, size) for size in (1, 3, 6)]
+    assert 0 < sizes[0] < sizes[1] < sizes[2]
+    assert made.update(batch, 3)[0].bytes > 0
+
+
+def test_the_first_pass_of_an_update_has_no_gradients_before_it() -> None:
+    made = measure_of("num_mc=2", "model.lora=null", "model.dtype=float32")
+    batch = made.batch(made.rollout()[1])
+    masked = batch.samples.scored.any(-1).numel()
+    gradients = 4 * made.trained
+    assert made.pass_alone(batch, masked) < made.pass_alone(batch, masked - 1)
+    assert made.pass_alone(batch, masked) > gradients
+
+
 def test_other_policies_and_copies_are_counted() -> None:
     plain = measure_of("algorithm=unigrpo", "model.lora=null")
     assert plain.held().reference == plain.held().weights
@@ -82,6 +101,7 @@ def test_other_policies_and_copies_are_counted() -> None:
     assert sliced.optimizer == 2 * sliced.slices
 
 
+@pytest.mark.long
 def test_four_bits_take_a_quarter_of_bfloat16() -> None:
     wide = ["model.network.config.d_model=384", "model.network.config.mlp_hidden_size=1024"]
     usual = measure_of(*wide, "model.dtype=bfloat16", "model.precision=bf16-mixed")
