@@ -58,7 +58,7 @@ def main() -> None:
             size = grown(lambda: complete(policy, t.evaluator, real.task, held, index, index, seed=0))
     else:
         batch = t.gradient.freeze(real.batch(roll_out()), policy_changes=True)
-        policy.train()
+        policy.train("old" not in t.objective.needs)  # as `Training.update` does
         size = grown(lambda: t.gradient.add(batch))
     sys.stdout.write(f"{size}\n")
 
