@@ -344,7 +344,13 @@ def test_keys_are_swept_under_the_names_they_are_given_by() -> None:
         swept("-m", "task.format=glob(*)")
 
 
-@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.long] if n in ("omega", "methods_countdown") else [])
+        for n in SWEEPS
+    ],
+)
 def test_sweeps_are_multiruns_of_valid_values_over_several_seeds(name: str) -> None:
     plan = config.preflight("config", ["-cd", str(ROOT / "sweeps"), "-cn", name])
     assert plan is not None

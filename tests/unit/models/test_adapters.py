@@ -124,6 +124,7 @@ def test_checkpoints_hold_the_adapter_alone(finished: Path) -> None:
         assert len(states) == len(checkpoint["state_dict"])
 
 
+@pytest.mark.long
 def test_an_adapter_s_run_is_evaluated(finished: Path, tmp_path: Path) -> None:
     run("evaluate", f"run={finished}", folder=tmp_path / "e")
     results = json.loads((tmp_path / "e" / "results.json").read_text())["results"]
@@ -370,6 +371,7 @@ def test_dropout_is_the_same_in_both_passes_of_a_piece(monkeypatch: pytest.Monke
     assert all(len(pair) == 2 and torch.equal(*pair) for pair in seen.values())
 
 
+@pytest.mark.long
 def test_rollouts_and_evaluation_have_no_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes = []
     original = Policy.propose

@@ -414,6 +414,7 @@ def test_a_published_folder_loads(folder: Path) -> None:
         assert torch.equal(loaded.logits(loaded.hidden(ids)), expected)
 
 
+@pytest.mark.long
 def test_a_published_folder_is_trained(folder: Path, tmp_path: Path) -> None:
     lines = ["model=tiny_a2d", f"model.path={folder}", *FEW]
     start(hub.settle(config.compose("config", lines)), tmp_path / "run", [])
