@@ -27,29 +27,12 @@ from spg.core.types import Prompts
 from spg.models.factory import build_policy
 from spg.models.llada import LLaDA, LLaDAConfig
 from spg.models.policy import Policy
+from spg.planning.stand_ins import Numbers
 
 # the network that is timed if no model is named
 SIZES = {"d_model": 256, "n_layers": 4, "n_heads": 4, "mlp_hidden_size": 768, "vocab_size": 32000}
 # largest relative difference between the plain way and ours, by the policy's precision
 TOLERANCE = {"32-true": 1e-5, "bf16-mixed": 5e-2}
-
-
-class Numbers:
-    """A tokenizer of bare numbers, for networks without text; the last three are mask, EOS and padding."""
-
-    unk_token_id = None
-    chat_template = None
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.mask_token_id, self.eos_token_id, self.pad_token_id = size - 3, size - 2, size - 1
-
-    def __len__(self) -> int:
-        return self.size
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Write the numbers."""
-        return " ".join(map(str, ids))
 
 
 def make_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:

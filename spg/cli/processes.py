@@ -96,7 +96,7 @@ def check_same_file(path: Path, digests: Sequence[str], patience: float = FILE_P
         patience: Seconds; other machines see a new file later.
 
     Raises:
-        RunError: if there is no such file, or if it holds something else.
+        RunError: if the file does not exist, or if it differs from the one that the first process wrote.
     """
     deadline = time.monotonic() + patience
     while True:

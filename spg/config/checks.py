@@ -108,7 +108,7 @@ def check_files(cfg: DictConfig) -> None:
                 continue
             also = "".join(f", or {node.key}.{name}={word}" for word in words_allowed)
             raise ConfigError(
-                f"{node.key}.{name}={value}: there is no such file or folder "
+                f"{node.key}.{name}={value}: this file or folder does not exist "
                 f"({Path(str(value)).absolute()}); give one that exists{also}"
             )
 

@@ -37,7 +37,7 @@ def check_hydra_names(primary: str, overrides: Sequence[Override]) -> None:
         if name not in allowed:
             guess = nearest(name, allowed)
             raise ConfigError(
-                f"{LAUNCHER}={name}: there is no such launcher; allowed: {', '.join(allowed)}"
+                f"{LAUNCHER}={name}: this launcher does not exist; allowed: {', '.join(allowed)}"
                 + (f"; nearest: {LAUNCHER}={guess}" if guess else "")
             )
     keys = [o for o in own if "/" not in o.key_or_group]
@@ -114,7 +114,7 @@ def check_submitit(settings: DictConfig, cfg: DictConfig) -> None:
         missing := [name for name in ("sbatch", "srun") if shutil.which(name) is None]
     ):
         raise ConfigError(
-            f"{LAUNCHER}=submitit_slurm: there is no command {' and no '.join(missing)} here; start the "
+            f"{LAUNCHER}=submitit_slurm: this machine does not have {' and '.join(missing)}; start the "
             f"multirun on a machine from which jobs are submitted, or give {LAUNCHER}=joblib"
         )
 

@@ -134,7 +134,7 @@ def check_commit_rule(remasking: str, threshold: float | None, factor: float | N
         factor: The factor of the rule that takes a threshold's place.
 
     Raises:
-        ValueError: if both are given, or if `remasking` is no confidence between 0 and 1.
+        ValueError: if both are given, or if `remasking` does not measure a confidence from 0 to 1.
     """
     if threshold is not None and factor is not None:
         raise ValueError(

@@ -35,7 +35,7 @@ def parse_json(text: str) -> Any:
 
     Raises:
         ValueError: if it is not JSON, or if a text in it can't be written as UTF-8: JSON can name one half of
-            a surrogate pair, which is no character.
+            a surrogate pair, which does not encode a character.
     """
     value = json.loads(text)
     if _HALF.search(text):
@@ -51,8 +51,8 @@ def check_text(value: Any) -> None:
         half = error.object[error.start]
         around = error.object[max(0, error.start - 20) : error.start].encode("utf-8", "backslashreplace")
         raise ValueError(
-            f"{half!r} behind {around.decode()!r} is one half of a surrogate pair, which is no character; "
-            "write the character whole, or leave it out"
+            f"{half!r} behind {around.decode()!r} is one half of a surrogate pair, which does not encode a "
+            "character; write the character whole, or leave it out"
         ) from error
 
 

@@ -174,8 +174,8 @@ class Policy(nn.Module):
             text.encode("utf-8")
         except UnicodeEncodeError as error:  # the tokenizer would raise a TypeError
             raise InputError(
-                f"{text!r} holds one half of a surrogate pair, which is no character; write the character "
-                "whole, or leave it out"
+                f"{text!r} holds one half of a surrogate pair, which does not encode a character; "
+                "write the character whole, or leave it out"
             ) from error
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:

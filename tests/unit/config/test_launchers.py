@@ -48,7 +48,7 @@ def test_a_wrong_setting_of_hydra_s_is_answered_with_the_nearest(line: str, word
 
 def test_without_slurm_the_message_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(config.ConfigError, match="no command sbatch and no srun here; start the multirun on"):
+    with pytest.raises(config.ConfigError, match="does not have sbatch and srun; start the multirun on"):
         config.preflight("config", ["-m", "seed=1,2", SLURM])
 
 

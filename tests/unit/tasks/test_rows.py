@@ -69,7 +69,9 @@ def test_half_of_a_character_is_refused_with_file_and_line(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["gsm8k", "math500", "humaneval"])
 def test_a_path_that_does_not_exist_is_named_and_not_the_hub(name: str, tmp_path: Path) -> None:
     lines = [f"task={name}", f"task.path={tmp_path}/none"]
-    with pytest.raises(config.ConfigError, match=rf"task\.path={tmp_path}/none: there is no such file"):
+    with pytest.raises(
+        config.ConfigError, match=rf"task\.path={tmp_path}/none: this file or folder does not exist"
+    ):
         config.preflight("config", lines)
     task = config.build(config.compose("config", lines).task)
     with pytest.raises(InputError, match=rf"task\.path={tmp_path}/none is neither a file nor a folder"):

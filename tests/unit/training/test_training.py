@@ -120,7 +120,7 @@ def test_evaluation_of_no_run_is_refused(tmp_path: Path) -> None:
 
 def test_mistakes_found_in_the_job_are_one_line(tmp_path: Path) -> None:
     text = run("train", "task.path=missing.csv", folder=tmp_path, check=False)
-    assert "task.path=missing.csv: there is no such file" in text
+    assert "task.path=missing.csv: this file or folder does not exist" in text
     assert "Traceback" not in text
     (tmp_path / "w.safetensors").write_bytes(b"no weights")
     text = run("train", f"model.weights={tmp_path / 'w.safetensors'}", folder=tmp_path, check=False)
